@@ -1,0 +1,219 @@
+"""A checkpoint becomes a decoder: headers first, then the spec, then the match, then the bytes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freehold.checkpoint.rules import Match, Matches, match_tensors
+from freehold.checkpoint.source import Source, StoredTensor, open_source
+from freehold.errors import BadFile, CheckpointMismatch
+from freehold.models.decoder import Decoder, build_decoder
+from freehold.models.families import Family, GgufFields, family_of_config, family_of_gguf
+from freehold.models.names import SAME, TensorNames
+from freehold.models.spec import DecoderSpec
+from freehold.quantize.gguf_blocks import BLOCKS, dequantize
+
+# A file's pages are released after so many bytes, so that reading a tensor keeps little of the file in memory.
+READ_BYTES = 16 << 20
+
+DTYPE_OF_FORMAT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+Progress = Callable[[int, int], None]  # bytes read so far, bytes in all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """A checkpoint whose headers were read and matched, and none of whose weights were.
+
+    config: the config.json, or what the GGUF metadata stand for..
+    """
+
+    family: Family
+    config: Mapping[str, Any]
+    spec: DecoderSpec
+    names: TensorNames
+    matches: Matches
+    notes: tuple[str, ...]
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(tensor.num_bytes for match in self.matches.matches for tensor in match.stored)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What loading did: where bytes went, and what was left out and why.
+
+    formats: number of stored tensors by format. mapped_bytes: weights used in place in the file. copied_bytes: weights
+    that were converted or moved into memory of their own.
+    """
+
+    formats: Mapping[str, int]
+    mapped_bytes: int
+    copied_bytes: int
+    notes: tuple[str, ...]
+
+
+def describe(source: Source) -> Described:
+    """Return what a source holds, after checking that its tensors and its config fit each other exactly.
+
+    Raises: BadFile, UnsupportedModel, CheckpointMismatch; no weight is read.
+    """
+    family, config = _family_and_config(source)
+    spec = family.read_config(config)
+    notes = []
+    if spec.mtp and not _stores_mtp(source):
+        spec = replace(spec, mtp=None)
+        notes.append("the config has an MTP module, the file stores none: it is left out")
+    if "auto_map" in config:
+        notes.append("auto_map names code of its own: ignored, Freehold runs no code from a checkpoint")
+    choose_names = family.tensor_names if source.kind == "safetensors" else family.gguf_names
+    names = choose_names(spec, source.tensors.keys())
+    matches = match_tensors(build_decoder(spec, dtype=torch.float32), names, source.tensors)
+    notes += [f"`{name}` holds no weight: ignored" for name in matches.ignored]
+    return Described(
+        family=family, config=config, spec=spec, names=names, matches=matches, notes=tuple(notes)
+    )
+
+
+def _family_and_config(source: Source) -> tuple[Family, Mapping[str, Any]]:
+    if source.kind == "safetensors":
+        if not source.metadata:
+            raise BadFile("there is no config.json beside the weights", hint="copy it from where the weights came")
+        return family_of_config(source.metadata), source.metadata
+    architecture = source.metadata.get("general.architecture")
+    family = family_of_gguf(architecture)
+    shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+    divisors = read_tensor(source, "rope_freqs.weight", torch.float32) if "rope_freqs.weight" in shapes else None
+    return family, family.gguf_config(
+        GgufFields(source.metadata, str(architecture), shapes=shapes, rope_divisors=divisors)
+    )
+
+
+def _stores_mtp(source: Source) -> bool:
+    return any(name.startswith("mtp.") or ".nextn." in name for name in source.tensors)
+
+
+def default_dtype(described: Described, device: torch.device) -> torch.dtype:
+    """Return the dtype a model loads in when none is asked for.
+
+    The stored one, if the weights are plain; for quantized weights the one that keeps their values exactly on a CPU
+    (float32), and bfloat16 elsewhere. float16 becomes float32 on a CPU, where it has no fast arithmetic.
+    """
+    embeddings = next(m for m in described.matches.matches if m.name == "embeddings.weight")
+    stored = DTYPE_OF_FORMAT.get(embeddings.stored[0].format)
+    if device.type == "cpu":
+        return torch.bfloat16 if stored is torch.bfloat16 else torch.float32
+    return stored or torch.bfloat16
+
+
+def load_decoder(
+    source: Source,
+    described: Described,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress = lambda done, total: None,
+) -> tuple[Decoder, LoadReport]:
+    """Return the decoder of a described source, its weights mapped where format, dtype and device allow, else converted.
+
+    Memory: the weights in `dtype`, plus scratch for one tensor that a rule reshapes, at most.
+    """
+    decoder = build_decoder(described.spec, dtype=dtype)
+    parameters = dict(decoder.named_parameters())
+    mapped = copied = 0
+    formats: dict[str, int] = {}
+    for match in described.matches.matches:
+        wanted = parameters[match.name].dtype
+        value = _map(source, match, wanted) if device.type == "cpu" else None
+        if value is not None:
+            mapped += value.nbytes
+        else:
+            value = _convert(source, match, wanted).to(device)
+            copied += value.nbytes
+        _assign(decoder, match.name, value)
+        for tensor in match.stored:
+            formats[tensor.format] = formats.get(tensor.format, 0) + 1
+        progress(mapped + copied, sum(p.nbytes for p in parameters.values()))
+    decoder.tie_embeddings()
+    if described.matches.repeated_head:
+        _check_repeated_head(source, described.names)
+    return decoder.requires_grad_(False), LoadReport(
+        formats=formats, mapped_bytes=mapped, copied_bytes=copied, notes=described.notes
+    )
+
+
+def _map(source: Source, match: Match, dtype: torch.dtype) -> Tensor | None:
+    """Return the parameter as a view of the file, None where it needs any change."""
+    tensor = match.stored[0]
+    is_same = len(match.stored) == 1 and not match.rule.is_stack and match.rule.transform is SAME
+    if not is_same or DTYPE_OF_FORMAT.get(tensor.format) is not dtype or tensor.offset % dtype.itemsize:
+        return None
+    return source.bytes_of(tensor.name).view(dtype).view(tensor.shape)
+
+
+def _convert(source: Source, match: Match, dtype: torch.dtype) -> Tensor:
+    """Return the parameter in memory of its own."""
+    if match.rule.transform is not SAME:
+        assert not match.rule.is_stack, "no family transforms the parts of a stack"
+        stored = read_tensor(source, match.stored[0].name, torch.float32)
+        return match.rule.transform.load(stored).to(dtype).contiguous()
+    value = torch.empty(match.parameter.shape, dtype=dtype)
+    parts = value.unbind() if match.rule.is_stack else [value]
+    for tensor, part in zip(match.stored, parts, strict=True):
+        _read_into(source, tensor, part)
+    return value
+
+
+def read_tensor(source: Source, name: str, dtype: torch.dtype) -> Tensor:
+    """Return one stored tensor, dequantized, in memory of its own."""
+    tensor = source.tensors[name]
+    value = torch.empty(tensor.shape, dtype=dtype)
+    _read_into(source, tensor, value)
+    return value
+
+
+def _read_into(source: Source, tensor: StoredTensor, out: Tensor) -> None:
+    """Fill `out` with a stored tensor, a few rows at a time, so that little of the file stays in memory."""
+    data, blocks = source.bytes_of(tensor.name), BLOCKS[tensor.format]
+    rows = out.view(-1, out.shape[-1])
+    row_bytes = blocks.bytes_of_shape((rows.shape[1],))
+    num_rows = max(1, READ_BYTES // max(row_bytes, 1))
+    for begin in range(0, len(rows), num_rows):
+        part = rows[begin : begin + num_rows]
+        raw = data[begin * row_bytes : (begin + len(part)) * row_bytes]
+        dequantize(raw, tensor.format, shape=tuple(part.shape), out=part)
+        source.release(tensor.name)
+
+
+def _assign(decoder: Decoder, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(decoder.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _check_repeated_head(source: Source, names: TensorNames) -> None:
+    """Refuse a tied model that stores an output head of its own with other values."""
+    head, embeddings = (source.tensors[name] for name in names.head)
+    same = head.format == embeddings.format and torch.equal(
+        source.bytes_of(head.name), source.bytes_of(embeddings.name)
+    )
+    for tensor in (head, embeddings):
+        source.release(tensor.name)
+    if not same:
+        raise CheckpointMismatch(
+            f"config.json ties the embeddings, but `{head.name}` and `{embeddings.name}` are stored with other values"
+        )
+
+
+def open_described(path: Path) -> tuple[Source, Described]:
+    """Return a checkpoint's open source and what it holds; the source is closed again where that fails."""
+    source = open_source(path)
+    try:
+        return source, describe(source)
+    except BaseException:
+        source.close()
+        raise

@@ -1,0 +1,59 @@
+"""Everything that Freehold raises on purpose.
+
+    FreeholdError
+    ├── BadInput              what the user gave cannot be used; the command line exits with 2
+    │   ├── BadFile           a file is damaged, cut short, or not what its name says
+    │   ├── CheckpointMismatch  tensors and model do not fit each other
+    │   ├── UnsupportedModel  a valid file of a model, or of a feature, that Freehold does not implement
+    │   ├── BadTemplate       a chat template that fails or leaves its budget
+    │   ├── BadRequest        a request that cannot be run: sampling values, messages, prompt length
+    │   └── NotFound          no such file, model or catalogue name
+    └── CheckFailed           a law of the design does not hold for a model; the command line exits with 1
+
+A bug in Freehold is an `AssertionError` and never one of these.
+"""
+
+
+class FreeholdError(Exception):
+    """An error with one line that says what was seen, where and what was wanted, and a hint for the next step."""
+
+    def __init__(self, message: str, *, hint: str | None = None):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        head = f"{type(self).__name__}: {self.message}"
+        return f"{head}\nhint: {self.hint}" if self.hint else head
+
+
+class BadInput(FreeholdError):
+    """What the user gave cannot be used."""
+
+
+class BadFile(BadInput):
+    """A file is damaged, cut short, or not what its name says."""
+
+
+class CheckpointMismatch(BadInput):
+    """The tensors of a checkpoint and the parameters of its model do not fit each other."""
+
+
+class UnsupportedModel(BadInput):
+    """A model, or a feature of one, that Freehold does not implement."""
+
+
+class BadTemplate(BadInput):
+    """A chat template that fails or leaves its budget of steps, time or output."""
+
+
+class BadRequest(BadInput):
+    """A request that cannot be run."""
+
+
+class NotFound(BadInput):
+    """No such file, model or catalogue name."""
+
+
+class CheckFailed(FreeholdError):
+    """A law of the design does not hold for a model."""

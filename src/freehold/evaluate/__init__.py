@@ -1,0 +1,1 @@
+"""What judges a model: the laws of the design, run on real ones."""

@@ -1,0 +1,91 @@
+"""The attention mixer: projections, positions, pages."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from freehold.models.layout import Layout, PagedKV
+from freehold.models.linear import Linear
+from freehold.models.spec import AttentionSpec, Llama3Scaling, RopeSpec, YarnScaling
+from freehold.ops.attention import attention, attention_paged, write_pages
+from freehold.ops.rope import llama3_frequencies, rope_frequencies, rotate, yarn_attention_factor, yarn_frequencies
+
+MIN_TABLE_POSITIONS = 2048
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped key/value heads; positions by RoPE or not at all."""
+
+    def __init__(self, spec: AttentionSpec, width: int):
+        super().__init__()
+        self.spec = spec
+        self.q_proj = Linear(width, spec.num_heads * spec.head_dim, has_bias=spec.qkv_bias)
+        self.k_proj = Linear(width, spec.num_kv_heads * spec.head_dim, has_bias=spec.qkv_bias)
+        self.v_proj = Linear(width, spec.num_kv_heads * spec.head_dim, has_bias=spec.qkv_bias)
+        self.o_proj = Linear(spec.num_heads * spec.head_dim, width)
+
+    def forward(self, hidden_TD: Tensor, layout: Layout, state: PagedKV | None) -> Tensor:
+        """Return the mixed tokens [T, D]. Mutates: the pages of `state`, which gain this step's keys and values."""
+        spec = self.spec
+        q_THK = self.q_proj(hidden_TD).view(-1, spec.num_heads, spec.head_dim)
+        k_TJK = self.k_proj(hidden_TD).view(-1, spec.num_kv_heads, spec.head_dim)
+        v_TJK = self.v_proj(hidden_TD).view(-1, spec.num_kv_heads, spec.head_dim)
+        if spec.rope is not None:
+            cos_TK, sin_TK = _angles(spec.rope, spec.head_dim, layout, hidden_TD.dtype)
+            q_THK, k_TJK = rotate(q_THK, cos_TK, sin_TK), rotate(k_TJK, cos_TK, sin_TK)
+        if state is None:
+            mixed_THK = attention(q_THK, k_TJK, v_TJK, spans=layout.spans)
+        else:
+            write_pages(state.key_pages, k_TJK, layout.rows_T)
+            write_pages(state.value_pages, v_TJK, layout.rows_T)
+            mixed_THK = attention_paged(
+                q_THK, state.key_pages, state.value_pages, spans=layout.spans, ends=layout.ends, pages=layout.pages
+            )
+        return self.o_proj(mixed_THK.reshape(len(hidden_TD), -1))
+
+
+def _angles(rope: RopeSpec, head_dim: int, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of each token's position, [T, K], from a table that doubles as contexts grow."""
+    num_positions = max(MIN_TABLE_POSITIONS, 1 << (max(layout.ends) - 1).bit_length())
+    table = _rotation_table(rope, head_dim, num_positions, layout.positions_T.device, dtype)
+    cos_TK, sin_TK = table[:, layout.positions_T]
+    return cos_TK, sin_TK
+
+
+@lru_cache(maxsize=8)
+def _rotation_table(
+    rope: RopeSpec, head_dim: int, num_positions: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Return cosine and sine for positions from 0, [2, positions, K]; computed in float32, rounded once."""
+    with torch.inference_mode(False), torch.no_grad():  # the table outlives this step and may meet a gradient later
+        frequencies, factor = rope_table_frequencies(rope, head_dim)
+        angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies).repeat(1, 2)
+        return (torch.stack((angles.cos(), angles.sin())) * factor).to(device=device, dtype=dtype)
+
+
+def rope_table_frequencies(rope: RopeSpec, head_dim: int) -> tuple[Tensor, float]:
+    """Return the frequencies [K / 2] that a rope spec describes, and what multiplies cosine and sine."""
+    plain = rope_frequencies(head_dim, rope.theta)
+    match rope.scaling:
+        case None:
+            return plain, 1.0
+        case Llama3Scaling() as scaling:
+            frequencies = llama3_frequencies(
+                plain,
+                factor=scaling.factor,
+                low_freq_factor=scaling.low_freq_factor,
+                high_freq_factor=scaling.high_freq_factor,
+                original_max_positions=scaling.original_max_positions,
+            )
+            return frequencies, 1.0
+        case YarnScaling() as scaling:
+            frequencies = yarn_frequencies(
+                plain,
+                theta=rope.theta,
+                factor=scaling.factor,
+                beta_fast=scaling.beta_fast,
+                beta_slow=scaling.beta_slow,
+                original_max_positions=scaling.original_max_positions,
+            )
+            return frequencies, yarn_attention_factor(scaling.factor)

@@ -1,0 +1,195 @@
+"""How packed tokens divide into sequences, and the states that those sequences carry between steps.
+
+Belongs here: `Layout`, `PagedKV`, `Recurrent`, and what allocates and measures states. Not here: who runs when.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from freehold.models.spec import AttentionSpec, BlockSpec, Mamba2Spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How `T` packed tokens divide into `B` sequences; the only description of a batch that a model sees.
+
+        tokens     a0 a1 a2 | b0 | c0 c1
+        starts     0          3    4      6
+        contexts   0          7    5           b has 7 tokens behind it, c has 5
+        positions  0  1  2    7    5  6
+
+    starts: first token of each sequence, and the end of the last: B + 1 integers.
+    contexts: tokens that each sequence already has in the states: B integers, all zero without state.
+    positions_T: position of each token in its sequence, int64, on the model's device.
+    slots, pages, page_size: for a step with state, which entry of each `Recurrent` and which pages of each `PagedKV`
+        belong to each sequence, pages in order of position, and how many tokens a page holds.
+    """
+
+    starts: tuple[int, ...]
+    contexts: tuple[int, ...]
+    positions_T: Tensor
+    slots: tuple[int, ...] = ()
+    pages: tuple[tuple[int, ...], ...] = ()
+    page_size: int = 0
+
+    @staticmethod
+    def packed(lengths: Sequence[int], device: torch.device | str = "cpu") -> "Layout":
+        """Return the layout of whole sequences without state, as in training or a single scoring pass."""
+        assert lengths and min(lengths) > 0, "every packed sequence has at least one token"
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        return Layout(
+            starts=(0, *accumulate(lengths)), contexts=(0,) * len(lengths), positions_T=positions.to(device)
+        )
+
+    @staticmethod
+    def step(
+        lengths: Sequence[int],
+        contexts: Sequence[int],
+        *,
+        slots: Sequence[int],
+        pages: Sequence[Sequence[int]],
+        page_size: int,
+        device: torch.device | str = "cpu",
+    ) -> "Layout":
+        """Return the layout of a step with state: sequence b adds `lengths[b]` tokens after its first `contexts[b]`."""
+        assert lengths and min(lengths) > 0, "every sequence of a step has at least one token"
+        ends = [context + length for context, length in zip(contexts, lengths, strict=True)]
+        owned = [page_size * len(row) for row in pages]
+        assert all(end <= size for end, size in zip(ends, owned, strict=True)), "a sequence outgrows its pages"
+        positions = torch.cat([torch.arange(start, end) for start, end in zip(contexts, ends, strict=True)])
+        return Layout(
+            starts=(0, *accumulate(lengths)),
+            contexts=tuple(contexts),
+            positions_T=positions.to(device),
+            slots=tuple(slots),
+            pages=tuple(tuple(row) for row in pages),
+            page_size=page_size,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return self.starts[-1]
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def is_decode(self) -> bool:
+        """True where every sequence has exactly one token."""
+        return self.num_tokens == self.num_sequences
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that each sequence has after this step."""
+        return tuple(c + stop - start for c, (start, stop) in zip(self.contexts, self.spans, strict=True))
+
+    @cached_property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Half-open interval of packed tokens of each sequence."""
+        return tuple(pairwise(self.starts))
+
+    @cached_property
+    def slots_B(self) -> Tensor:  # noqa: N802  (named by its axis, as every tensor)
+        """The slots as a tensor on the model's device."""
+        return torch.tensor(self.slots, device=self.positions_T.device)
+
+    @cached_property
+    def rows_T(self) -> Tensor:  # noqa: N802
+        """Row of each token in a page pool seen as [pages * page_size, J, K]."""
+        rows = [
+            self.pages[b][position // self.page_size] * self.page_size + position % self.page_size
+            for b in range(self.num_sequences)
+            for position in range(self.contexts[b], self.ends[b])
+        ]
+        return torch.tensor(rows, device=self.positions_T.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagedKV:
+    """Keys and values of one attention block, in pages that sequences own through `Layout.pages`.
+
+    Shapes: key_pages and value_pages [pages, page_size, J, K].
+    """
+
+    key_pages: Tensor
+    value_pages: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recurrent:
+    """State of one Mamba-2 block: the last W-1 rows before the convolution, and the SSM state.
+
+    Shapes: conv_tail [slots, W-1, C] in the model's dtype, ssm [slots, H, P, N].
+    Precision: ssm is float32, for it is a running sum over the whole sequence.
+    """
+
+    conv_tail: Tensor
+    ssm: Tensor
+
+
+State = PagedKV | Recurrent | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """How much state to allocate: sequences at once, pages for all of them, and tokens per page."""
+
+    num_slots: int
+    num_pages: int
+    page_size: int
+
+
+def allocate_states(
+    blocks: Sequence[BlockSpec], capacity: Capacity, *, dtype: torch.dtype, device: torch.device | str
+) -> list[State]:
+    """Return zeroed states, one entry per block (None where a block keeps none)."""
+
+    def allocate(block: BlockSpec) -> State:
+        match block:
+            case AttentionSpec():
+                shape = (capacity.num_pages, capacity.page_size, block.num_kv_heads, block.head_dim)
+                keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+                return PagedKV(key_pages=keys, value_pages=values)
+            case Mamba2Spec():
+                tail = (capacity.num_slots, block.conv_kernel - 1, block.conv_width)
+                ssm = (capacity.num_slots, block.num_heads, block.head_dim, block.state_size)
+                return Recurrent(
+                    conv_tail=torch.zeros(tail, dtype=dtype, device=device),
+                    ssm=torch.zeros(ssm, dtype=torch.float32, device=device),
+                )
+            case _:
+                return None
+
+    return [allocate(block) for block in blocks]
+
+
+def reset_slot(states: Sequence[State], slot: int) -> None:
+    """Zero the recurrent state of one slot, so that a new sequence may start there.
+
+    Mutates: the `Recurrent` entries of `states`. Pages need no reset: what a sequence has not written, it never reads.
+    """
+    for state in states:
+        if isinstance(state, Recurrent):
+            state.conv_tail[slot].zero_()
+            state.ssm[slot].zero_()
+
+
+def kv_bytes_per_token(blocks: Sequence[BlockSpec], dtype: torch.dtype) -> int:
+    """Return the bytes of keys and values that one token adds over all attention blocks."""
+    return sum(2 * b.num_kv_heads * b.head_dim * dtype.itemsize for b in blocks if isinstance(b, AttentionSpec))
+
+
+def recurrent_bytes_per_sequence(blocks: Sequence[BlockSpec], dtype: torch.dtype) -> int:
+    """Return the bytes of convolution tails and SSM states that one sequence holds, whatever its length."""
+
+    def block_bytes(block: Mamba2Spec) -> int:
+        ssm = block.num_heads * block.head_dim * block.state_size * torch.float32.itemsize
+        return ssm + block.conv_width * (block.conv_kernel - 1) * dtype.itemsize
+
+    return sum(block_bytes(b) for b in blocks if isinstance(b, Mamba2Spec))

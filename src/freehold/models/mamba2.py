@@ -1,0 +1,108 @@
+"""The Mamba-2 mixer: projection, convolution, scan, gate and grouped norm.
+
+Paper: Dao and Gu, 2024, arXiv 2405.21060, section 7.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from freehold.models.layout import Layout, Recurrent
+from freehold.models.linear import Linear, float32_parameter
+from freehold.models.spec import Mamba2Spec
+from freehold.ops.conv import causal_conv, causal_conv_step
+from freehold.ops.norm import gated_group_rms_norm
+from freehold.ops.ssm import scan, scan_step, step_sizes
+
+
+class Convolution(nn.Module):
+    """Weight [C, W] and bias [C] of the causal convolution."""
+
+    def __init__(self, num_channels: int, num_taps: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_channels, num_taps))
+        self.bias = nn.Parameter(torch.empty(num_channels))
+
+
+class GatedNorm(nn.Module):
+    """Weight [I] of the gated norm."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+
+class Mamba2(nn.Module):
+    """A state-space mixer whose state is the last W-1 rows before the convolution and S [H, P, N] per sequence."""
+
+    def __init__(self, spec: Mamba2Spec, width: int):
+        super().__init__()
+        self.spec = spec
+        self.in_proj = Linear(width, spec.inner_width + spec.conv_width + spec.num_heads)
+        self.conv1d = Convolution(spec.conv_width, spec.conv_kernel)
+        self.A_log = float32_parameter(spec.num_heads)
+        self.D = float32_parameter(spec.num_heads)
+        self.dt_bias = float32_parameter(spec.num_heads)
+        self.norm = GatedNorm(spec.inner_width)
+        self.out_proj = Linear(spec.inner_width, width)
+
+    def forward(self, hidden_TD: Tensor, layout: Layout, state: Recurrent | None) -> Tensor:
+        """Return the mixed tokens [T, D]. Mutates: the slots of `state` that the layout names."""
+        spec = self.spec
+        gate_TI, xbc_TC, dt_TH = self.in_proj(hidden_TD).split(
+            (spec.inner_width, spec.conv_width, spec.num_heads), dim=-1
+        )
+        dt_TH = step_sizes(dt_TH, self.dt_bias, limit=spec.time_step_limit)
+        if state is not None and layout.is_decode:
+            y_THP = self._mix_step(xbc_TC, dt_TH, layout, state)
+        else:
+            y_THP = self._mix_spans(xbc_TC, dt_TH, layout, state)
+        normed_TI = gated_group_rms_norm(
+            y_THP.flatten(1), gate_TI, self.norm.weight, num_groups=spec.num_groups, eps=spec.norm_eps
+        )
+        return self.out_proj(normed_TI)
+
+    def _mix_step(self, xbc_BC: Tensor, dt_BH: Tensor, layout: Layout, state: Recurrent) -> Tensor:
+        slots_B = layout.slots_B
+        tail_BVC = state.conv_tail[slots_B]
+        xbc_BC, tail_BVC = causal_conv_step(xbc_BC, tail_BVC, self.conv1d.weight, self.conv1d.bias)
+        x_BHP, b_BGN, c_BGN = self._split(xbc_BC)
+        y_BHP, ssm_BHPN = scan_step(x_BHP, dt_BH, self._a_H(), b_BGN, c_BGN, self.D, state.ssm[slots_B])
+        state.conv_tail.index_copy_(0, slots_B, tail_BVC)
+        state.ssm.index_copy_(0, slots_B, ssm_BHPN)
+        return y_BHP
+
+    def _mix_spans(self, xbc_TC: Tensor, dt_TH: Tensor, layout: Layout, state: Recurrent | None) -> Tensor:
+        outputs = []
+        for sequence, (start, stop) in enumerate(layout.spans):
+            tail_VC, ssm_HPN = self._initial_state(layout, sequence, state, xbc_TC)
+            xbc_LC, tail_VC = causal_conv(xbc_TC[start:stop], tail_VC, self.conv1d.weight, self.conv1d.bias)
+            x_LHP, b_LGN, c_LGN = self._split(xbc_LC)
+            y_LHP, ssm_HPN = scan(x_LHP, dt_TH[start:stop], self._a_H(), b_LGN, c_LGN, self.D, ssm_HPN)
+            outputs.append(y_LHP)
+            if state is not None:
+                state.conv_tail[layout.slots[sequence]] = tail_VC
+                state.ssm[layout.slots[sequence]] = ssm_HPN
+        return torch.cat(outputs)
+
+    def _initial_state(
+        self, layout: Layout, sequence: int, state: Recurrent | None, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if state is not None:
+            slot = layout.slots[sequence]
+            return state.conv_tail[slot], state.ssm[slot]
+        spec = self.spec
+        tail_VC = like.new_zeros(spec.conv_kernel - 1, spec.conv_width)
+        return tail_VC, like.new_zeros(spec.num_heads, spec.head_dim, spec.state_size, dtype=torch.float32)
+
+    def _split(self, xbc_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        spec = self.spec
+        shared = spec.num_groups * spec.state_size
+        x_TI, b_TN, c_TN = xbc_TC.split((spec.inner_width, shared, shared), dim=-1)
+        return (
+            x_TI.unflatten(-1, (spec.num_heads, spec.head_dim)),
+            b_TN.unflatten(-1, (spec.num_groups, spec.state_size)),
+            c_TN.unflatten(-1, (spec.num_groups, spec.state_size)),
+        )
+
+    def _a_H(self) -> Tensor:  # noqa: N802  (named by its axis, as every tensor)
+        return -torch.exp(self.A_log.float())

@@ -1,0 +1,44 @@
+"""The feed-forward mixers: gated SiLU (Llama, Qwen) and squared ReLU (Nemotron)."""
+
+from torch import Tensor, nn
+from torch.nn.functional import relu, silu
+
+from freehold.models.layout import Layout
+from freehold.models.linear import Linear
+from freehold.models.spec import MlpSpec
+
+
+class GatedMlp(nn.Module):
+    """down(silu(gate(x)) * up(x)). Paper: Shazeer, 2020, arXiv 2002.05202, section 2 (SwiGLU)."""
+
+    def __init__(self, spec: MlpSpec, width: int):
+        super().__init__()
+        self.gate_proj = Linear(width, spec.width)
+        self.up_proj = Linear(width, spec.width)
+        self.down_proj = Linear(spec.width, width)
+
+    def forward(self, hidden_TD: Tensor, layout: Layout, state: None) -> Tensor:
+        """Return the mixed tokens [T, D]; each token on its own."""
+        return self.down_proj(silu(self.gate_proj(hidden_TD)) * self.up_proj(hidden_TD))
+
+
+class SquaredReluMlp(nn.Module):
+    """down(relu(up(x)) ** 2). Paper: So et al., 2021, arXiv 2109.08668, section 4.2."""
+
+    def __init__(self, inner_width: int, width: int):
+        super().__init__()
+        self.up_proj = Linear(width, inner_width)
+        self.down_proj = Linear(inner_width, width)
+
+    def forward(self, hidden_TD: Tensor, layout: Layout, state: None) -> Tensor:
+        """Return the mixed tokens [T, D]; each token on its own."""
+        return self.down_proj(relu(self.up_proj(hidden_TD)).square())
+
+
+def build_mlp(spec: MlpSpec, width: int) -> GatedMlp | SquaredReluMlp:
+    """Return the module of an MLP spec."""
+    match spec.activation:
+        case "silu_gated":
+            return GatedMlp(spec, width)
+        case "relu2":
+            return SquaredReluMlp(spec.width, width)

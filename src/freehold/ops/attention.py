@@ -1,0 +1,81 @@
+"""Causal attention with grouped key/value heads, over packed tokens and over pages.
+
+Belongs here: the products and the softmax. Not here: projections, positions, and who owns which page.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def attention(q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, *, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """Return causal attention within each span of packed tokens; spans do not see each other.
+
+    Shapes: [T, H, K]; query head h reads key/value head h // (H / J).
+    Precision: scores and softmax as torch's scaled_dot_product_attention keeps them (float32 inside).
+    Paper: Vaswani et al., 2017, arXiv 1706.03762, section 3.2.1; grouped heads: Ainslie et al., 2023, arXiv 2305.13245.
+    """
+    outputs = [attend(q_THK[i:j], k_TJK[i:j], v_TJK[i:j]) for i, j in spans]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def attention_paged(
+    q_THK: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    *,
+    spans: Sequence[tuple[int, int]],
+    ends: Sequence[int],
+    pages: Sequence[Sequence[int]],
+) -> Tensor:
+    """Return attention of each span over the first `ends[b]` tokens in its pages, its own tokens being the last of them.
+
+    Shapes: key_pages and value_pages [pages, page_size, J, K]; the result is [T, H, K].
+    """
+    outputs = [
+        attend(q_THK[i:j], _cached(key_pages, row)[:end], _cached(value_pages, row)[:end])
+        for (i, j), end, row in zip(spans, ends, pages, strict=True)
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def write_pages(pages: Tensor, tokens_TJK: Tensor, rows_T: Tensor) -> None:
+    """Write each token's keys or values into its row of the page pool.
+
+    Mutates: pages [pages, page_size, J, K], rows counted over pages and their tokens.
+    """
+    pages.view(-1, *tokens_TJK.shape[1:]).index_copy_(0, rows_T, tokens_TJK)
+
+
+def _cached(pages: Tensor, row: Sequence[int]) -> Tensor:
+    if len(row) == 1:  # a view: no copy where a sequence lives in one page
+        return pages[row[0]]
+    return pages[list(row)].flatten(0, 1)
+
+
+def attend(q_LHK: Tensor, k_MJK: Tensor, v_MJK: Tensor) -> Tensor:
+    """Return attention of the last L of M tokens over all that precede each of them, itself included.
+
+             m 0 1 2 3 4
+        l = 0  x x x . .      M = 5, L = 3
+        l = 1  x x x x .
+        l = 2  x x x x x
+    """
+    length, num_heads, head_dim = q_LHK.shape
+    num_tokens, num_kv_heads, _ = k_MJK.shape
+    k_JMK, v_JMK = k_MJK.transpose(0, 1), v_MJK.transpose(0, 1)
+    if length == 1:  # the query heads of a group take the place of the tokens, so that keys are read once
+        q_JGK = q_LHK.view(num_kv_heads, num_heads // num_kv_heads, head_dim)
+        return scaled_dot_product_attention(q_JGK[None], k_JMK[None], v_JMK[None]).view(1, num_heads, head_dim)
+    q_HLK = q_LHK.transpose(0, 1)[None]
+    group = num_heads // num_kv_heads
+    k_HMK = k_JMK.repeat_interleave(group, dim=0)[None]
+    v_HMK = v_JMK.repeat_interleave(group, dim=0)[None]
+    if length == num_tokens:
+        out_HLK = scaled_dot_product_attention(q_HLK, k_HMK, v_HMK, is_causal=True)
+    else:
+        seen_LM = torch.ones(length, num_tokens, dtype=torch.bool, device=q_LHK.device).tril(num_tokens - length)
+        out_HLK = scaled_dot_product_attention(q_HLK, k_HMK, v_HMK, attn_mask=seen_LM)
+    return out_HLK[0].transpose(0, 1)

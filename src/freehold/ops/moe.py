@@ -1,0 +1,74 @@
+"""Mixture of experts: the choice of experts, and the sum of what they say.
+
+Paper: DeepSeek-V3 technical report, 2024, arXiv 2412.19437, section 2.1.2 (sigmoid router with a correction bias,
+group-limited choice); LatentMoE is arXiv 2512.20856, and concerns only the width that `mix_experts` is given.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, relu
+
+
+def route(
+    hidden_TD: Tensor,
+    gate_ED: Tensor,
+    correction_E: Tensor,
+    *,
+    num_chosen: int,
+    num_groups: int,
+    num_chosen_groups: int,
+    normalize_weights: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the chosen experts of each token and their weights.
+
+        scores = sigmoid(hidden @ gate.T);  choice = the num_chosen largest of scores + correction
+        weights = scores[choice] / (their sum + 1e-20) * scale
+
+    The correction decides only who is chosen. A group's rank is the sum of its two best corrected scores; experts
+    outside the num_chosen_groups best groups are not eligible.
+
+    Shapes: experts [T, X] int64, weights [T, X] float32.
+    Precision: float32, for the correction sits near a large common offset that bfloat16 would erase.
+    """
+    scores_TE = torch.sigmoid(linear(hidden_TD.float(), gate_ED.float()))
+    corrected_TE = scores_TE + correction_E.float()
+    if num_groups > 1:
+        corrected_TE = _keep_best_groups(corrected_TE, num_groups, num_chosen_groups)
+    experts_TX = corrected_TE.topk(num_chosen, dim=-1).indices
+    weights_TX = scores_TE.gather(1, experts_TX)
+    if normalize_weights:
+        weights_TX = weights_TX / (weights_TX.sum(dim=-1, keepdim=True) + 1e-20)
+    return experts_TX, weights_TX * scale
+
+
+def _keep_best_groups(corrected_TE: Tensor, num_groups: int, num_chosen_groups: int) -> Tensor:
+    members = corrected_TE.unflatten(1, (num_groups, -1))  # [T, groups, members]
+    ranks = members.topk(2, dim=-1).values.sum(dim=-1)
+    best = ranks.topk(num_chosen_groups, dim=-1).indices
+    kept = torch.zeros_like(ranks, dtype=torch.bool).scatter(1, best, True)
+    return members.masked_fill(~kept[:, :, None], -torch.inf).flatten(1)
+
+
+def mix_experts(
+    input_TZ: Tensor, experts_TX: Tensor, weights_TX: Tensor, up_EFZ: Tensor, down_EZF: Tensor
+) -> Tensor:
+    """Return the weighted sum over each token's experts of down(relu(up(input)) ** 2).
+
+    Tokens are grouped by expert, so each chosen expert's weights are read once; each token sums its X results in the
+    order of the choice, so the sum does not depend on the other tokens.
+
+    Shapes: Z is the width that experts read and write (the latent width, or D); the result is [T, Z].
+    Precision: the weighted sum is float32, cast once at the end.
+    """
+    num_chosen = experts_TX.shape[1]
+    order = experts_TX.flatten().argsort(stable=True)
+    counts = experts_TX.flatten().bincount(minlength=len(up_EFZ)).tolist()
+    outputs = []
+    for expert, rows in enumerate(order.split(counts)):
+        if len(rows):
+            up_RF = linear(input_TZ[rows // num_chosen], up_EFZ[expert])
+            outputs.append(linear(relu(up_RF).square(), down_EZF[expert]))
+    sorted_SZ = torch.cat(outputs)
+    results_TXZ = torch.empty_like(sorted_SZ).index_copy(0, order, sorted_SZ).unflatten(0, experts_TX.shape)
+    return (results_TXZ.float() * weights_TX[:, :, None]).sum(dim=1).to(input_TZ.dtype)

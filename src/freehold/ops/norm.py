@@ -1,0 +1,78 @@
+"""RMSNorm, plain and gated per group.
+
+Belongs here: the references and the choice of kernel. Not here: modules and parameters.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from freehold.ops.native import kernels
+
+NormOrder = Literal["cast_then_multiply", "multiply_then_cast"]
+
+
+def rms_norm_reference(hidden_TD: Tensor, weight_D: Tensor, *, eps: float, order: NormOrder) -> Tensor:
+    """Return each row over its root mean square, times the weight, in the dtype of `hidden_TD`.
+
+        out = hidden / sqrt(mean(hidden²) + eps) * weight
+
+    Shapes: [T, D].
+    Precision: float32 up to the cast. Llama and Qwen cast first and multiply in the model's dtype; Nemotron multiplies
+        in float32 and then casts. The difference is one rounding, and checkpoints were trained with theirs.
+    Paper: Zhang and Sennrich, 2019, arXiv 1910.07467, equation 4.
+    """
+    wide_TD = hidden_TD.float()
+    unit_TD = wide_TD * torch.rsqrt(wide_TD.square().mean(dim=-1, keepdim=True) + eps)
+    if order == "cast_then_multiply":
+        unit_TD = unit_TD.to(hidden_TD.dtype)
+    return (unit_TD * weight_D.float()).to(hidden_TD.dtype)
+
+
+def rms_norm(hidden_TD: Tensor, weight_D: Tensor, *, eps: float, order: NormOrder) -> Tensor:
+    """Return `rms_norm_reference` of the same arguments, by the native kernel where it applies.
+
+    The kernel takes contiguous float32 and bfloat16 on the CPU and has no gradient. Its rows have a fixed order of
+    summation: the bits of a row depend on nothing else.
+    """
+    form = kernels()
+    if form is None or not _is_native(hidden_TD) or not _is_native(weight_D):
+        return rms_norm_reference(hidden_TD, weight_D, eps=eps, order=order)
+    if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_D.requires_grad):
+        return rms_norm_reference(hidden_TD, weight_D, eps=eps, order=order)
+    num_tokens, width = hidden_TD.shape
+    assert weight_D.shape == (width,), f"a weight of {tuple(weight_D.shape)} for rows of {width}"
+    out_TD = torch.empty_like(hidden_TD)
+    form.rms_norm(
+        out_TD.data_ptr(),
+        hidden_TD.data_ptr(),
+        weight_D.data_ptr(),
+        num_tokens,
+        width,
+        eps,
+        hidden_TD.dtype is torch.bfloat16,
+        weight_D.dtype is torch.bfloat16,
+        order == "cast_then_multiply",
+    )
+    return out_TD
+
+
+def _is_native(tensor: Tensor) -> bool:
+    return tensor.is_cpu and tensor.dtype in (torch.float32, torch.bfloat16) and tensor.is_contiguous()
+
+
+def gated_group_rms_norm(value_TI: Tensor, gate_TI: Tensor, weight_I: Tensor, *, num_groups: int, eps: float) -> Tensor:
+    """Return the gated RMSNorm of Mamba-2 in the dtype of `gate_TI`: the gate first, then each group on its own.
+
+        gated = value * silu(gate);  out = gated / sqrt(mean over its group(gated²) + eps) * weight
+
+    Shapes: I is the inner width, all heads side by side; U = I / num_groups is the width of one group.
+    Precision: float32 up to the last cast; `value_TI` is usually float32 already, as the scan leaves it.
+    Paper: Dao and Gu, 2024, arXiv 2405.21060, section 7.
+    """
+    gated_TI = value_TI.float() * silu(gate_TI.float())
+    gated_TGU = gated_TI.view(len(gated_TI), num_groups, -1)
+    unit_TGU = gated_TGU * torch.rsqrt(gated_TGU.square().mean(dim=-1, keepdim=True) + eps)
+    return (unit_TGU.flatten(-2) * weight_I.float()).to(gate_TI.dtype)

@@ -1,0 +1,37 @@
+"""The environment, read here and nowhere else."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from freehold.errors import BadInput
+
+NativeMode = Literal["auto", "portable", "off"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the environment may decide.
+
+    models_dir: where `freehold fetch` puts models and where catalogue names are looked up (FREEHOLD_MODELS).
+    native: which form of the native kernels runs: the best for this machine, the portable one, or none,
+        which leaves the torch references (FREEHOLD_NATIVE).
+    """
+
+    models_dir: Path = field(default_factory=lambda: _models_dir())
+    native: NativeMode = field(default_factory=lambda: _native_mode())
+
+
+def _models_dir() -> Path:
+    if chosen := os.environ.get("FREEHOLD_MODELS"):
+        return Path(chosen).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "freehold" / "models"
+
+
+def _native_mode() -> NativeMode:
+    mode = os.environ.get("FREEHOLD_NATIVE", "auto")
+    if mode not in get_args(NativeMode):
+        raise BadInput(f"FREEHOLD_NATIVE is {mode!r}", hint=f"use one of {', '.join(get_args(NativeMode))}")
+    return cast(NativeMode, mode)

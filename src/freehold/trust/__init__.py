@@ -1,0 +1,1 @@
+"""Proof: digests, and what will be signed, logged and bundled. No torch, no models."""

@@ -1,0 +1,36 @@
+"""What every test runs under: two threads, fixed seeds, fuzzing within a budget of time, and checked shapes in ops."""
+
+import importlib
+import os
+import pkgutil
+import random
+from datetime import timedelta
+
+import numpy
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import freehold.ops
+from shapes import check_shapes
+
+torch.set_num_threads(2)
+
+SLOW_IS_FINE = [HealthCheck.too_slow]
+settings.register_profile(
+    "ci", max_examples=100, deadline=timedelta(seconds=2), derandomize=True, suppress_health_check=SLOW_IS_FINE
+)
+settings.register_profile("nightly", max_examples=20_000, deadline=None, suppress_health_check=SLOW_IS_FINE)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# Here and not in a fixture: a test module that imports an op takes the checked one.
+for found in pkgutil.iter_modules(freehold.ops.__path__, "freehold.ops."):
+    if not found.ispkg:
+        check_shapes(importlib.import_module(found.name))
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
