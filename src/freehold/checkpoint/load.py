@@ -67,7 +67,7 @@ def describe(source: Source) -> Described:
     spec = family.read_config(config)
     notes = []
     if spec.mtp and not _stores_mtp(source):
-        spec = replace(spec, mtp=None)
+        spec, config = replace(spec, mtp=None), {**config, "num_nextn_predict_layers": 0}
         notes.append("the config has an MTP module, the file stores none: it is left out")
     if "auto_map" in config:
         notes.append("auto_map names code of its own: ignored, Freehold runs no code from a checkpoint")
@@ -75,9 +75,7 @@ def describe(source: Source) -> Described:
     names = choose_names(spec, source.tensors.keys())
     matches = match_tensors(build_decoder(spec, dtype=torch.float32), names, source.tensors)
     notes += [f"`{name}` holds no weight: ignored" for name in matches.ignored]
-    return Described(
-        family=family, config=config, spec=spec, names=names, matches=matches, notes=tuple(notes)
-    )
+    return Described(family=family, config=config, spec=spec, names=names, matches=matches, notes=tuple(notes))
 
 
 def _family_and_config(source: Source) -> tuple[Family, Mapping[str, Any]]:
@@ -119,7 +117,7 @@ def load_decoder(
     device: torch.device,
     progress: Progress = lambda done, total: None,
 ) -> tuple[Decoder, LoadReport]:
-    """Return the decoder of a described source, its weights mapped where format, dtype and device allow, else converted.
+    """Return the decoder of a described source, weights mapped where format, dtype and device allow.
 
     Memory: the weights in `dtype`, plus scratch for one tensor that a rule reshapes, at most.
     """

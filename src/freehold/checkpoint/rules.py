@@ -87,7 +87,7 @@ def _shown(names: list[str]) -> str:
 
 
 def stored_tensors(decoder: Decoder, names: TensorNames) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and value of every tensor that a checkpoint of this decoder stores; values are views where possible."""
+    """Yield name and value of every tensor that a checkpoint of this decoder stores; views where possible."""
     parameters = dict(decoder.named_parameters())
     for rule in names.rules:
         yield from rule.stored_parts(parameters[rule.parameter].detach())

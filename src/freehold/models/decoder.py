@@ -1,6 +1,7 @@
 """The one decoder of all families: embeddings, residual blocks, a final norm, an output head."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class Decoder(nn.Module):
     def tie_embeddings(self) -> None:
         """Make the output head share the embeddings' weight, where the spec says so."""
         if self.spec.tied_embeddings:
-            self.lm_head.weight = self.embeddings.weight
+            self.lm_head.weight = cast(nn.Parameter, self.embeddings.weight)
 
     def forward(self, tokens_T: Tensor, layout: Layout, states: Sequence[State] | None = None) -> Tensor:
         """Return the hidden states after the final norm, [T, D].
@@ -47,7 +48,7 @@ class Decoder(nn.Module):
         return self.lm_head(hidden_TD).float()
 
     def allocate_states(self, capacity: Capacity) -> list[State]:
-        """Return zeroed states for this model, in its dtype and on its device."""
+        """Return fresh states for this model, in its dtype and on its device."""
         return allocate_states(self.spec.blocks, capacity, dtype=self.dtype, device=self.device)
 
     @property
@@ -60,7 +61,7 @@ class Decoder(nn.Module):
 
 
 def build_decoder(spec: DecoderSpec, *, dtype: torch.dtype) -> Decoder:
-    """Return a decoder on the meta device, in `dtype` but for the parameters that stay float32 (`float32_parameter`)."""
+    """Return a decoder on the meta device, in `dtype` but for `float32_parameter`s."""
     with torch.device("meta"):
         decoder = Decoder(spec)
     for module in decoder.modules():

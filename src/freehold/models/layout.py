@@ -40,11 +40,9 @@ class Layout:
     @staticmethod
     def packed(lengths: Sequence[int], device: torch.device | str = "cpu") -> "Layout":
         """Return the layout of whole sequences without state, as in training or a single scoring pass."""
-        assert lengths and min(lengths) > 0, "every packed sequence has at least one token"
+        assert min(lengths, default=0) > 0, "there is a sequence, and every one has at least one token"
         positions = torch.cat([torch.arange(length) for length in lengths])
-        return Layout(
-            starts=(0, *accumulate(lengths)), contexts=(0,) * len(lengths), positions_T=positions.to(device)
-        )
+        return Layout(starts=(0, *accumulate(lengths)), contexts=(0,) * len(lengths), positions_T=positions.to(device))
 
     @staticmethod
     def step(
@@ -57,7 +55,7 @@ class Layout:
         device: torch.device | str = "cpu",
     ) -> "Layout":
         """Return the layout of a step with state: sequence b adds `lengths[b]` tokens after its first `contexts[b]`."""
-        assert lengths and min(lengths) > 0, "every sequence of a step has at least one token"
+        assert min(lengths, default=0) > 0, "there is a sequence, and every one has at least one token"
         ends = [context + length for context, length in zip(contexts, lengths, strict=True)]
         owned = [page_size * len(row) for row in pages]
         assert all(end <= size for end, size in zip(ends, owned, strict=True)), "a sequence outgrows its pages"
@@ -95,12 +93,12 @@ class Layout:
         return tuple(pairwise(self.starts))
 
     @cached_property
-    def slots_B(self) -> Tensor:  # noqa: N802  (named by its axis, as every tensor)
+    def slots_B(self) -> Tensor:
         """The slots as a tensor on the model's device."""
         return torch.tensor(self.slots, device=self.positions_T.device)
 
     @cached_property
-    def rows_T(self) -> Tensor:  # noqa: N802
+    def rows_T(self) -> Tensor:
         """Row of each token in a page pool seen as [pages * page_size, J, K]."""
         rows = [
             self.pages[b][position // self.page_size] * self.page_size + position % self.page_size
@@ -148,13 +146,13 @@ class Capacity:
 def allocate_states(
     blocks: Sequence[BlockSpec], capacity: Capacity, *, dtype: torch.dtype, device: torch.device | str
 ) -> list[State]:
-    """Return zeroed states, one entry per block (None where a block keeps none)."""
+    """Return states, one entry per block (None where a block keeps none): recurrent ones zero, pages unwritten."""
 
     def allocate(block: BlockSpec) -> State:
         match block:
             case AttentionSpec():
                 shape = (capacity.num_pages, capacity.page_size, block.num_kv_heads, block.head_dim)
-                keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+                keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
                 return PagedKV(key_pages=keys, value_pages=values)
             case Mamba2Spec():
                 tail = (capacity.num_slots, block.conv_kernel - 1, block.conv_width)

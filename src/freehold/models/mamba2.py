@@ -104,5 +104,5 @@ class Mamba2(nn.Module):
             c_TN.unflatten(-1, (spec.num_groups, spec.state_size)),
         )
 
-    def _a_H(self) -> Tensor:  # noqa: N802  (named by its axis, as every tensor)
+    def _a_H(self) -> Tensor:
         return -torch.exp(self.A_log.float())

@@ -75,7 +75,7 @@ def reshaped(*, ours: tuple[int, ...], stored: tuple[int, ...]) -> Transform:
 def interleaved_heads(num_heads: int) -> Transform:
     """Return the transform between rotate-half rows (ours) and the interleaved rows of GGUF's llama layout.
 
-        ours    head = [first half; second half]      stored   head = [f0, s0, f1, s1, ...]
+    ours    head = [first half; second half]      stored   head = [f0, s0, f1, s1, ...]
     """
 
     def load(stored: Tensor) -> Tensor:

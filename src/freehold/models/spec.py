@@ -1,12 +1,13 @@
 """The specification of a decoder: small frozen dataclasses, one per kind of block.
 
-A field that only one kind of block uses lives in the spec of that block. Nothing here knows a family, a file or a tensor.
+A field that only one kind of block uses lives in the spec of that block. Nothing here knows families, files or tensors.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 from freehold.ops.norm import NormOrder
+
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:

@@ -30,7 +30,7 @@ def attention_paged(
     ends: Sequence[int],
     pages: Sequence[Sequence[int]],
 ) -> Tensor:
-    """Return attention of each span over the first `ends[b]` tokens in its pages, its own tokens being the last of them.
+    """Return attention of each span over the first `ends[b]` tokens in its pages, its own tokens the last of them.
 
     Shapes: key_pages and value_pages [pages, page_size, J, K]; the result is [T, H, K].
     """
@@ -58,10 +58,10 @@ def _cached(pages: Tensor, row: Sequence[int]) -> Tensor:
 def attend(q_LHK: Tensor, k_MJK: Tensor, v_MJK: Tensor) -> Tensor:
     """Return attention of the last L of M tokens over all that precede each of them, itself included.
 
-             m 0 1 2 3 4
-        l = 0  x x x . .      M = 5, L = 3
-        l = 1  x x x x .
-        l = 2  x x x x x
+         m 0 1 2 3 4
+    l = 0  x x x . .      M = 5, L = 3
+    l = 1  x x x x .
+    l = 2  x x x x x
     """
     length, num_heads, head_dim = q_LHK.shape
     num_tokens, num_kv_heads, _ = k_MJK.shape

@@ -50,9 +50,7 @@ def _keep_best_groups(corrected_TE: Tensor, num_groups: int, num_chosen_groups: 
     return members.masked_fill(~kept[:, :, None], -torch.inf).flatten(1)
 
 
-def mix_experts(
-    input_TZ: Tensor, experts_TX: Tensor, weights_TX: Tensor, up_EFZ: Tensor, down_EZF: Tensor
-) -> Tensor:
+def mix_experts(input_TZ: Tensor, experts_TX: Tensor, weights_TX: Tensor, up_EFZ: Tensor, down_EZF: Tensor) -> Tensor:
     """Return the weighted sum over each token's experts of down(relu(up(input)) ** 2).
 
     Tokens are grouped by expert, so each chosen expert's weights are read once; each token sums its X results in the

@@ -22,9 +22,9 @@ def llama3_frequencies(
 ) -> Tensor:
     """Return the frequencies of Llama 3.1: long waves slowed by `factor`, short ones kept, a ramp between.
 
-        wave length > original / low_freq_factor    plain / factor
-        wave length < original / high_freq_factor   plain
-        between                                     both, mixed linearly in original / wave length
+    wave length > original / low_freq_factor    plain / factor
+    wave length < original / high_freq_factor   plain
+    between                                     both, mixed linearly in original / wave length
     """
     turns = original_max_positions * plain / (2 * math.pi)  # full turns within the original context
     smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)

@@ -1,4 +1,4 @@
-"""The families: each turns a config into a `DecoderSpec` and names its tensors. A new one is a file and an entry here."""
+"""The families: each turns a config into a `DecoderSpec` and names its tensors. A new one is one file."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass

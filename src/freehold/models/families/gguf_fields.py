@@ -75,7 +75,9 @@ class GgufFields(Fields):
         if kind in (None, "none"):
             return {"rope_type": "default"}
         if kind != "yarn":
-            raise UnsupportedModel(f"the GGUF metadata: RoPE type {kind!r} is not implemented", hint="known: none, yarn")
+            raise UnsupportedModel(
+                f"the GGUF metadata: RoPE type {kind!r} is not implemented", hint="known: none, yarn"
+            )
         self.require("rope.scaling.attn_factor", 1.0)
         return {
             "rope_type": "yarn",

@@ -59,7 +59,9 @@ def read_layers(fields: Fields, *, qkv_bias: bool, default_theta: float) -> Deco
         rope=read_rope(fields, default_theta=default_theta, max_positions=max_positions),
     )
     if num_heads % attention.num_kv_heads:
-        raise UnsupportedModel(f"config.json: {num_heads} query heads do not divide by {attention.num_kv_heads} kv heads")
+        raise UnsupportedModel(
+            f"config.json: {num_heads} query heads do not divide by {attention.num_kv_heads} kv heads"
+        )
     mlp = MlpSpec(width=fields.integer("intermediate_size"), activation="silu_gated")
     return DecoderSpec(
         vocab_size=fields.integer("vocab_size"),
@@ -133,9 +135,7 @@ def gguf_layer_names(spec: DecoderSpec, *, interleaves: bool) -> TensorNames:
     for index, block in enumerate(spec.blocks):
         part = _gguf_attention(block, interleaves) if isinstance(block, AttentionSpec) else _gguf_mlp()
         rules += place(part, f"blocks.{index}.", f"blk.{index // 2}.")
-    return TensorNames(
-        rules=tuple(rules), ignored=("rope_freqs.weight",), head=("output.weight", "token_embd.weight")
-    )
+    return TensorNames(rules=tuple(rules), ignored=("rope_freqs.weight",), head=("output.weight", "token_embd.weight"))
 
 
 def _gguf_attention(block: AttentionSpec, interleaves: bool) -> list[Rule]:

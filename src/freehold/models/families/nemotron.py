@@ -4,7 +4,7 @@ A layer of a Nemotron file is one block of the decoder. Attention has no positio
 leftovers that NVIDIA's own code does not read either. The layout of GGUF files is in nemotron_gguf.py.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from freehold.errors import BadFile, UnsupportedModel
@@ -20,7 +20,7 @@ LAYER_KINDS = {
     **{"E": "moe", "moe": "moe"},
 }
 
-# Keys that change no result of a forward: initialisation, speed, training, and fields that the architecture never reads.
+# Keys that change no result of a forward: of initialisation, speed and training, and fields that nothing reads.
 # num_hidden_layers is here because the length of the layer list overrides it.
 NEUTRAL_KEYS = """
     num_hidden_layers expand chunk_size use_mamba_kernels mamba_ssm_cache_dtype num_logits_to_keep rope_theta
@@ -60,7 +60,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderSpec:
     mtp_kinds = _layer_kinds(fields, "mtp_hybrid_override_pattern", "mtp_layers_block_type")
     specs = _block_specs(fields, {*kinds, *(mtp_kinds if num_mtp else ())}, norm_eps)
     if num_mtp > 1 or (num_mtp and mtp_kinds != ["attention", "moe"]):
-        raise UnsupportedModel(f"config.json: {num_mtp} MTP layers of kinds {mtp_kinds}, wanted 1 of attention and moe")
+        raise UnsupportedModel(f"config.json: {num_mtp} MTP modules of {mtp_kinds}, wanted 1 of attention and moe")
     if not kinds:
         raise BadFile("config.json has no layer list", hint="wanted hybrid_override_pattern or layers_block_type")
     spec = DecoderSpec(
@@ -90,11 +90,17 @@ def _layer_kinds(fields: Fields, pattern_key: str, list_key: str) -> list[str]:
 
 def _block_specs(fields: Fields, kinds: set[str], norm_eps: float) -> dict[str, BlockSpec]:
     """Return the spec of each kind of block. Keys of kinds that the model does not have are leftovers, and used up."""
-    makers = {"mamba": _mamba_spec, "attention": _attention_spec, "mlp": _mlp_spec, "moe": _moe_spec}
+    makers: dict[str, Callable[[Fields, float], BlockSpec]] = {
+        "mamba": _mamba_spec,
+        "attention": _attention_spec,
+        "mlp": _mlp_spec,
+        "moe": _moe_spec,
+    }
     specs = {kind: makers[kind](fields, norm_eps) for kind in makers if kind in kinds}
     fields.ignore(
         "mamba_num_heads mamba_head_dim ssm_state_size n_groups conv_kernel time_step_limit num_attention_heads "
-        "num_key_value_heads head_dim attention_head_dim intermediate_size n_routed_experts num_experts_per_tok moe_intermediate_size "
+        "num_key_value_heads head_dim attention_head_dim intermediate_size n_routed_experts "
+        "num_experts_per_tok moe_intermediate_size "
         "moe_shared_expert_intermediate_size moe_latent_size n_group topk_group norm_topk_prob "
         "routed_scaling_factor".split()
     )

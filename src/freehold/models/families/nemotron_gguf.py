@@ -145,9 +145,7 @@ def _mamba_rules(block: Mamba2Spec) -> list[Rule]:
         "mixer.out_proj.weight": "ssm_out.weight",
     }
     per_head = reshaped(ours=(block.num_heads,), stored=(block.num_heads, 1))
-    per_group = reshaped(
-        ours=(block.inner_width,), stored=(block.num_groups, block.inner_width // block.num_groups)
-    )
+    per_group = reshaped(ours=(block.inner_width,), stored=(block.num_groups, block.inner_width // block.num_groups))
     return [
         *rename(names),
         Rule(parameter="mixer.A_log", stored="ssm_a", transform=LOG_OF_NEGATIVE),

@@ -1,0 +1,53 @@
+"""Arguments and options that several commands share, so that one thing has one name, one default and one help text."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Dtype = Literal["bf16", "f16", "f32"]
+DTYPE_NAMES: dict[Dtype, str] = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder with safetensors, a .safetensors or .gguf file, or the name of a fetched model.",
+        show_default=False,
+    ),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Longest answer in tokens. Without it an answer may fill the model's context.", show_default=False
+    ),
+]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; higher draws more freely.")]
+TopK = Annotated[int, typer.Option(help="Draw among this many of the likeliest tokens; 0 is all.")]
+TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens that have this probability together.")]
+MinP = Annotated[float, typer.Option(help="Leave out tokens less likely than this share of the likeliest.")]
+Seed = Annotated[int, typer.Option(help="What decides the draws: the same seed, the same answer.")]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(help="Text that ends an answer and is not part of it; may be given again.", show_default=False),
+]
+System = Annotated[
+    str | None, typer.Option(help="System message: what the model is told before the conversation.", show_default=False)
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+LoadDtype = Annotated[
+    Dtype | None,
+    typer.Option(
+        "--dtype",
+        help="What the weights are held and computed in. Without it the stored one if the weights are plain; "
+        "for quantized weights f32 on a CPU, which keeps their values, and bf16 elsewhere.",
+        show_default=False,
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads. Without it, as many as torch chooses.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
+NewFolder = Annotated[
+    Path, typer.Argument(metavar="DEST", help="A folder that does not exist yet.", show_default=False)
+]

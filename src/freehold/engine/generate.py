@@ -1,0 +1,127 @@
+"""Plain generation for one sequence: prefill, then one token at a time. Many at once are the engine's work."""
+
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from freehold.engine.request import SamplingParams
+from freehold.errors import BadRequest
+from freehold.models.decoder import Decoder
+from freehold.models.layout import Capacity, Layout, PagedKV, State
+from freehold.ops.sampling import penalize, sample, uniform_draw
+
+PREFILL_TOKENS = 512  # at once: bounds the memory of a step, and how long Ctrl-C waits
+FIRST_ROOM_TOKENS = 256  # that a sequence's page has beyond its prompt; it doubles when full
+
+
+class Continuation:
+    """One sequence and its state: it reads tokens and says what may come next."""
+
+    def __init__(self, decoder: Decoder, room_tokens: int):
+        self._decoder = decoder
+        self._room_tokens = room_tokens
+        self._num_tokens = 0
+        with torch.inference_mode():
+            self._states = decoder.allocate_states(Capacity(num_slots=1, num_pages=1, page_size=room_tokens))
+
+    @torch.inference_mode()
+    def read(self, tokens: Sequence[int]) -> Tensor:
+        """Return float32 logits [V] for what follows after these further tokens. Mutates: this sequence's state."""
+        assert tokens, "there is nothing to read"
+        for begin in range(0, len(tokens), PREFILL_TOKENS):
+            last_D = self._step(tokens[begin : begin + PREFILL_TOKENS])
+        return self._decoder.logits(last_D[None])[0]
+
+    def _step(self, tokens: Sequence[int]) -> Tensor:
+        """Return the last hidden state [D]."""
+        while self._num_tokens + len(tokens) > self._room_tokens:
+            self._room_tokens *= 2
+            self._states = [_with_room(state, self._room_tokens) for state in self._states]
+        device = self._decoder.device
+        layout = Layout.step(
+            [len(tokens)], [self._num_tokens], slots=[0], pages=[[0]], page_size=self._room_tokens, device=device
+        )
+        hidden_TD = self._decoder(torch.tensor(tokens, device=device), layout, self._states)
+        self._num_tokens += len(tokens)
+        return hidden_TD[-1]
+
+
+def _with_room(state: State, room_tokens: int) -> State:
+    """Return the state with its one page grown to `room_tokens`."""
+    if not isinstance(state, PagedKV):
+        return state
+
+    def grown(page: Tensor) -> Tensor:
+        larger = page.new_empty(1, room_tokens, *page.shape[2:])
+        larger[:, : page.shape[1]] = page
+        return larger
+
+    return PagedKV(key_pages=grown(state.key_pages), value_pages=grown(state.value_pages))
+
+
+def generate(
+    decoder: Decoder,
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    *,
+    stop_ids: Collection[int] = (),
+    num_ids: int | None = None,
+) -> Iterator[int]:
+    """Yield the ids that follow the prompt, up to a stop id (yielded as the last), `max_tokens` or the context's end.
+
+    num_ids: how many ids the tokenizer has; a vocabulary padded beyond them is not drawn from.
+    Raises: BadRequest for a prompt that is empty, holds unknown ids, or leaves no room in the context.
+    """
+    check_prompt(decoder, prompt)
+    stops = {*stop_ids, *sampling.stop_ids}
+    room = decoder.spec.max_positions - len(prompt)
+    num_tokens = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
+    continuation = Continuation(decoder, room_tokens=len(prompt) + FIRST_ROOM_TOKENS)
+    logits_V = continuation.read(prompt)
+    answer: list[int] = []
+    while True:
+        answer.append(_draw(logits_V[:num_ids], prompt, answer, sampling))
+        yield answer[-1]
+        if answer[-1] in stops or len(answer) == num_tokens:
+            return
+        logits_V = continuation.read(answer[-1:])
+
+
+def check_prompt(decoder: Decoder, prompt: Sequence[int]) -> None:
+    """Refuse a prompt that cannot be read.
+
+    Raises: BadRequest.
+    """
+    limit, vocab_size = decoder.spec.max_positions, decoder.spec.vocab_size
+    if not prompt:
+        raise BadRequest("the prompt is empty")
+    if len(prompt) >= limit:
+        raise BadRequest(
+            f"the prompt has {len(prompt)} tokens, the model's context is {limit} with room for an answer",
+            hint="shorten the prompt, or start a new conversation",
+        )
+    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+        raise BadRequest(f"the prompt has ids outside 0 to {vocab_size - 1}")
+
+
+@torch.inference_mode()
+def _draw(logits_V: Tensor, prompt: Sequence[int], answer: Sequence[int], sampling: SamplingParams) -> int:
+    if sampling.penalizes:
+        written = torch.tensor(answer, dtype=torch.int64, device=logits_V.device)
+        logits_V = penalize(
+            logits_V,
+            seen=torch.tensor(sorted({*prompt, *answer}), device=logits_V.device),
+            generated_counts_V=torch.bincount(written, minlength=len(logits_V)),
+            repetition=sampling.repetition_penalty,
+            presence=sampling.presence_penalty,
+            frequency=sampling.frequency_penalty,
+        )
+    return sample(
+        logits_V,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        uniform=uniform_draw(sampling.seed, len(answer)),
+    )
