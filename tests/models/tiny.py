@@ -59,7 +59,7 @@ NEMOTRON: Config = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
 }
-LATENT = NEMOTRON | {"moe_latent_size": 12}
+LATENT = NEMOTRON | {"moe_latent_size": 16}
 
 # One of each: family, kind of block, variant of RoPE and of the router. MTP has its own entry, for no witness runs it.
 CONFIGS: dict[str, Config] = {

@@ -27,7 +27,7 @@ COMMANDS = """\
 /save FILE    write the conversation to a new JSON file
 /help         this list
 /exit         leave, as Ctrl-D does
-Ctrl-C stops an answer; what was said stays in the conversation. A message that begins with / needs a space before it."""
+Ctrl-C stops an answer; what was said stays in the conversation. A space before / makes it part of a message."""
 
 
 def chat(
@@ -46,8 +46,8 @@ def chat(
 ) -> None:
     """Talk with a model; it sees the whole conversation each time.
 
-    Answers stream to stdout; reasoning and, after each answer, its speed go to stderr. Ctrl-C stops an answer, Ctrl-D or
-    /exit leaves, /help lists the commands. Lines from a pipe are messages too.
+    Answers stream to stdout; reasoning and, after each answer, its speed go to stderr. Ctrl-C stops an answer, Ctrl-D
+    or /exit leaves, /help lists the commands. Lines from a pipe are messages too.
 
     Examples:
 

@@ -24,11 +24,11 @@ def check(
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
-    """Check that a model computes as it should, on this machine: finite weights, and the laws of the design.
+    """Check that a model computes on this machine as it should.
 
-    Prefill equals decode, a sequence gives the same in any company, saving and loading changes nothing, kernels equal
-    their references. Each is shown with the difference that was measured and how much of it is tolerated. The exit code
-    is 1 where a law does not hold.
+    No weight is NaN, prefill equals decode, a sequence gives the same in any company, saving and loading changes
+    nothing, kernels equal their references. Each is shown with the difference that was measured and how much of it is
+    tolerated. The exit code is 1 where a law does not hold.
 
     Examples:
 
@@ -60,10 +60,10 @@ def _plain(finding: "Finding") -> dict[str, Any]:
 
 
 def _show(findings: list["Finding"]) -> None:
-    rows = [("law", "holds", "measured", "tolerance", "claim")]
+    rows = [["law", "holds", "measured", "tolerance", "claim"]]
     for finding in findings:
         numbers = [f"{n:.1e}" if n is not None else "-" for n in (finding.measured, finding.tolerance)]
-        rows.append((finding.law, "yes" if finding.holds else "NO", *numbers, f"{finding.claim} ({finding.detail})"))
+        rows.append([finding.law, "yes" if finding.holds else "NO", *numbers, f"{finding.claim} ({finding.detail})"])
     show_table(rows)
     held = sum(finding.holds for finding in findings)
     show_line(f"{held} of {len(findings)} hold")

@@ -35,10 +35,11 @@ def convert(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write a checkpoint as a Hugging Face folder: safetensors, config, tokenizer, chat template, generation config.
+    """Write a checkpoint as a Hugging Face folder of safetensors.
 
-    Quantized weights are dequantized in float32 and rounded once. DEST must not exist; it appears whole or not at all,
-    also when Ctrl-C ends the command.
+    Beside the weights it has config, tokenizer, chat template and generation config. Quantized weights are
+    dequantized in float32 and rounded once. DEST must not exist; it appears whole or not at all, also when Ctrl-C
+    ends the command.
 
     Examples:
 

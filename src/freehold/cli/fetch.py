@@ -25,10 +25,11 @@ def fetch(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Bring a model to this machine and check every byte; without NAME, list the catalogue.
+    """Bring a model to this machine, or list what can be brought.
 
-    A model is stored whole or not at all, below ~/.cache/freehold/models or where FREEHOLD_MODELS says. Fetching it
-    again verifies its digests. hf: needs the extra: pip install 'freehold[hub]'.
+    Every byte is checked. Without NAME the catalogue is listed. A model is stored whole or not at all, below
+    ~/.cache/freehold/models or where FREEHOLD_MODELS says. Fetching it again verifies its digests. hf: needs the
+    extra: pip install 'freehold[hub]'.
 
     Examples:
 

@@ -1,7 +1,7 @@
 """Progress of what takes longer than a second: on stderr, and only where somebody watches.
 
-Not here: what makes the progress; it calls the function that a bar yields. rich is imported where a bar is drawn, so that
-scripts do not wait for it.
+Not here: what makes the progress; it calls the function that a bar yields. rich is imported where a bar is drawn, so
+that scripts do not wait for it.
 """
 
 import sys

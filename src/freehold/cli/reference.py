@@ -12,14 +12,14 @@ WIDTH = 100  # of the help, whatever the terminal's
 HEAD = """\
 # The command line
 
-What each command prints for `--help`. Made by `python -m freehold.cli.reference > docs/cli.md`; a test compares. Why each
-option is there, and why its default is what it is, stands in [design-opinions.md](design-opinions.md).
+What each command prints for `--help`. Made by `python -m freehold.cli.reference > docs/cli.md`; a test compares. Why
+each option is there, and why its default is what it is, stands in [design-opinions.md](design-opinions.md).
 """
 
 
 def render() -> str:
     """Return the help of `freehold` and of each of its commands as Markdown, the same in every environment."""
-    group = typer.main.get_command(app)
+    group = typer.main.get_group(app)
     top = typer.Context(group, info_name="freehold", terminal_width=WIDTH, **group.context_settings)
     sections = [_section("freehold", top)]
     for name, command in group.commands.items():

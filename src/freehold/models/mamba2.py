@@ -63,24 +63,24 @@ class Mamba2(nn.Module):
 
     def _mix_step(self, xbc_BC: Tensor, dt_BH: Tensor, layout: Layout, state: Recurrent) -> Tensor:
         slots_B = layout.slots_B
-        tail_BVC = state.conv_tail[slots_B]
-        xbc_BC, tail_BVC = causal_conv_step(xbc_BC, tail_BVC, self.conv1d.weight, self.conv1d.bias)
+        tail_BYC = state.conv_tail[slots_B]
+        xbc_BC, tail_BYC = causal_conv_step(xbc_BC, tail_BYC, self.conv1d.weight, self.conv1d.bias)
         x_BHP, b_BGN, c_BGN = self._split(xbc_BC)
         y_BHP, ssm_BHPN = scan_step(x_BHP, dt_BH, self._a_H(), b_BGN, c_BGN, self.D, state.ssm[slots_B])
-        state.conv_tail.index_copy_(0, slots_B, tail_BVC)
+        state.conv_tail.index_copy_(0, slots_B, tail_BYC)
         state.ssm.index_copy_(0, slots_B, ssm_BHPN)
         return y_BHP
 
     def _mix_spans(self, xbc_TC: Tensor, dt_TH: Tensor, layout: Layout, state: Recurrent | None) -> Tensor:
         outputs = []
         for sequence, (start, stop) in enumerate(layout.spans):
-            tail_VC, ssm_HPN = self._initial_state(layout, sequence, state, xbc_TC)
-            xbc_LC, tail_VC = causal_conv(xbc_TC[start:stop], tail_VC, self.conv1d.weight, self.conv1d.bias)
+            tail_YC, ssm_HPN = self._initial_state(layout, sequence, state, xbc_TC)
+            xbc_LC, tail_YC = causal_conv(xbc_TC[start:stop], tail_YC, self.conv1d.weight, self.conv1d.bias)
             x_LHP, b_LGN, c_LGN = self._split(xbc_LC)
             y_LHP, ssm_HPN = scan(x_LHP, dt_TH[start:stop], self._a_H(), b_LGN, c_LGN, self.D, ssm_HPN)
             outputs.append(y_LHP)
             if state is not None:
-                state.conv_tail[layout.slots[sequence]] = tail_VC
+                state.conv_tail[layout.slots[sequence]] = tail_YC
                 state.ssm[layout.slots[sequence]] = ssm_HPN
         return torch.cat(outputs)
 
@@ -91,8 +91,8 @@ class Mamba2(nn.Module):
             slot = layout.slots[sequence]
             return state.conv_tail[slot], state.ssm[slot]
         spec = self.spec
-        tail_VC = like.new_zeros(spec.conv_kernel - 1, spec.conv_width)
-        return tail_VC, like.new_zeros(spec.num_heads, spec.head_dim, spec.state_size, dtype=torch.float32)
+        tail_YC = like.new_zeros(spec.conv_kernel - 1, spec.conv_width)
+        return tail_YC, like.new_zeros(spec.num_heads, spec.head_dim, spec.state_size, dtype=torch.float32)
 
     def _split(self, xbc_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         spec = self.spec

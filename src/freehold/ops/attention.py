@@ -66,9 +66,9 @@ def attend(q_LHK: Tensor, k_MJK: Tensor, v_MJK: Tensor) -> Tensor:
     length, num_heads, head_dim = q_LHK.shape
     num_tokens, num_kv_heads, _ = k_MJK.shape
     k_JMK, v_JMK = k_MJK.transpose(0, 1), v_MJK.transpose(0, 1)
-    if length == 1:  # the query heads of a group take the place of the tokens, so that keys are read once
-        q_JGK = q_LHK.view(num_kv_heads, num_heads // num_kv_heads, head_dim)
-        return scaled_dot_product_attention(q_JGK[None], k_JMK[None], v_JMK[None]).view(1, num_heads, head_dim)
+    if length == 1:  # a key head's query heads take the place of tokens: keys are read once
+        q_JQK = q_LHK.view(num_kv_heads, num_heads // num_kv_heads, head_dim)
+        return scaled_dot_product_attention(q_JQK[None], k_JMK[None], v_JMK[None]).view(1, num_heads, head_dim)
     q_HLK = q_LHK.transpose(0, 1)[None]
     group = num_heads // num_kv_heads
     k_HMK = k_JMK.repeat_interleave(group, dim=0)[None]

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 
-def causal_conv(x_LC: Tensor, tail_VC: Tensor, weight_CW: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor]:
+def causal_conv(x_LC: Tensor, tail_YC: Tensor, weight_CW: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor]:
     """Return silu of the depthwise convolution of one sequence, and the tail that the next tokens need.
 
         out[l] = silu(bias + sum over w of weight[w] * x[l - (W-1) + w]),  x before the sequence taken from the tail
@@ -14,7 +14,7 @@ def causal_conv(x_LC: Tensor, tail_VC: Tensor, weight_CW: Tensor, bias_C: Tensor
     Precision: float32 inside, one rounding at the end, so that any split of a sequence gives the same bits.
     Paper: Gu and Dao, 2023, arXiv 2312.00752, section 3.4.
     """
-    rows_LC = torch.cat((tail_VC, x_LC))
+    rows_LC = torch.cat((tail_YC, x_LC))
     length, num_taps = len(x_LC), weight_CW.shape[1]
     out_LC = bias_C.float().expand(length, -1)
     for tap in range(num_taps):
@@ -22,12 +22,12 @@ def causal_conv(x_LC: Tensor, tail_VC: Tensor, weight_CW: Tensor, bias_C: Tensor
     return silu(out_LC).to(x_LC.dtype), rows_LC[length:]
 
 
-def causal_conv_step(x_BC: Tensor, tail_BVC: Tensor, weight_CW: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor]:
+def causal_conv_step(x_BC: Tensor, tail_BYC: Tensor, weight_CW: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor]:
     """Return `causal_conv` of one token for each of B sequences, and their new tails.
 
     Shapes: x [B, C], tail [B, W-1, C].
     """
-    rows_BWC = torch.cat((tail_BVC, x_BC[:, None]), dim=1)
+    rows_BWC = torch.cat((tail_BYC, x_BC[:, None]), dim=1)
     out_BC = bias_C.float().expand(len(x_BC), -1)
     for tap in range(weight_CW.shape[1]):
         out_BC = torch.addcmul(out_BC, rows_BWC[:, tap].float(), weight_CW[:, tap].float())

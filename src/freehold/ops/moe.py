@@ -65,8 +65,8 @@ def mix_experts(input_TZ: Tensor, experts_TX: Tensor, weights_TX: Tensor, up_EFZ
     outputs = []
     for expert, rows in enumerate(order.split(counts)):
         if len(rows):
-            up_RF = linear(input_TZ[rows // num_chosen], up_EFZ[expert])
-            outputs.append(linear(relu(up_RF).square(), down_EZF[expert]))
+            up_SF = linear(input_TZ[rows // num_chosen], up_EFZ[expert])
+            outputs.append(linear(relu(up_SF).square(), down_EZF[expert]))
     sorted_SZ = torch.cat(outputs)
     results_TXZ = torch.empty_like(sorted_SZ).index_copy(0, order, sorted_SZ).unflatten(0, experts_TX.shape)
     return (results_TXZ.float() * weights_TX[:, :, None]).sum(dim=1).to(input_TZ.dtype)

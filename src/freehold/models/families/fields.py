@@ -32,6 +32,13 @@ class Fields:
             raise BadFile(f"{self._where}: `{key}` is {value!r}, wanted a positive integer")
         return value
 
+    def count(self, key: str) -> int:
+        """Return an integer that is not negative, 0 where the key is absent or null."""
+        value = self._left.pop(key, None)
+        if value is not None and (type(value) is not int or value < 0):
+            raise BadFile(f"{self._where}: `{key}` is {value!r}, wanted a count")
+        return value or 0
+
     def number(self, key: str, default: float | None = None) -> float:
         """Return a number that is not negative."""
         value = self._take(key, default)

@@ -56,7 +56,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderSpec:
     fields.require("norm_eps", norm_eps)
     fields.require("n_shared_experts", 1)
     kinds = _layer_kinds(fields, "hybrid_override_pattern", "layers_block_type")
-    num_mtp = fields.optional("num_nextn_predict_layers") or 0
+    num_mtp = fields.count("num_nextn_predict_layers")
     mtp_kinds = _layer_kinds(fields, "mtp_hybrid_override_pattern", "mtp_layers_block_type")
     specs = _block_specs(fields, {*kinds, *(mtp_kinds if num_mtp else ())}, norm_eps)
     if num_mtp > 1 or (num_mtp and mtp_kinds != ["attention", "moe"]):
@@ -80,7 +80,9 @@ def read_config(config: Mapping[str, Any]) -> DecoderSpec:
 
 def _layer_kinds(fields: Fields, pattern_key: str, list_key: str) -> list[str]:
     pattern, listed = fields.optional(pattern_key), fields.optional(list_key)
-    spelled = [[LAYER_KINDS.get(kind) for kind in layers] for layers in (pattern, listed) if layers]
+    if not isinstance(pattern or "", str) or not isinstance(listed or [], list):
+        raise BadFile(f"config.json: `{pattern_key}` is wanted as text, `{list_key}` as a list")
+    spelled = [[LAYER_KINDS.get(str(kind)) for kind in layers] for layers in (pattern, listed) if layers]
     if any(None in kinds for kinds in spelled):
         raise UnsupportedModel(f"config.json: `{pattern_key if pattern else list_key}` names an unknown kind of layer")
     if len(spelled) == 2 and spelled[0] != spelled[1]:
@@ -108,27 +110,39 @@ def _block_specs(fields: Fields, kinds: set[str], norm_eps: float) -> dict[str, 
 
 
 def _mamba_spec(fields: Fields, norm_eps: float) -> Mamba2Spec:
-    limit = fields.optional("time_step_limit") or (0.0, float("inf"))
-    if not isinstance(limit, Sequence) or [type(bound) in (int, float) for bound in limit] != [True, True]:
-        raise BadFile(f"config.json: `time_step_limit` is {limit!r}, wanted two numbers")
-    return Mamba2Spec(
+    spec = Mamba2Spec(
         num_heads=fields.integer("mamba_num_heads"),
         head_dim=fields.integer("mamba_head_dim"),
         state_size=fields.integer("ssm_state_size"),
         num_groups=fields.integer("n_groups"),
         conv_kernel=fields.integer("conv_kernel"),
         norm_eps=norm_eps,
-        time_step_limit=(float(limit[0]), float(limit[1])),
+        time_step_limit=_time_step_limit(fields.optional("time_step_limit")),
     )
+    _check_divides("n_groups", spec.num_groups, "mamba_num_heads", spec.num_heads)
+    return spec
+
+
+def _time_step_limit(limit: Any) -> tuple[float, float]:
+    """Return the clamp of the step size; none where the config has none. transformers writes infinity as an object."""
+    if limit is None:
+        return 0.0, float("inf")
+    listed = limit if isinstance(limit, Sequence) else ()
+    bounds = [float("inf") if bound == {"__float__": "Infinity"} else bound for bound in listed]
+    if [type(bound) in (int, float) for bound in bounds] != [True, True]:
+        raise BadFile(f"config.json: `time_step_limit` is {limit!r}, wanted two numbers")
+    return float(bounds[0]), float(bounds[1])
 
 
 def _attention_spec(fields: Fields, norm_eps: float) -> AttentionSpec:
     num_heads = fields.integer("num_attention_heads")
-    return AttentionSpec(
+    spec = AttentionSpec(
         num_heads=num_heads,
         num_kv_heads=fields.integer("num_key_value_heads", num_heads),
         head_dim=fields.integer("head_dim", fields.optional("attention_head_dim")),
     )
+    _check_divides("num_key_value_heads", spec.num_kv_heads, "num_attention_heads", num_heads)
+    return spec
 
 
 def _mlp_spec(fields: Fields, norm_eps: float) -> MlpSpec:
@@ -136,17 +150,29 @@ def _mlp_spec(fields: Fields, norm_eps: float) -> MlpSpec:
 
 
 def _moe_spec(fields: Fields, norm_eps: float) -> MoeSpec:
-    return MoeSpec(
+    spec = MoeSpec(
         num_experts=fields.integer("n_routed_experts"),
         num_chosen=fields.integer("num_experts_per_tok"),
         width=fields.integer("moe_intermediate_size"),
         shared_width=fields.integer("moe_shared_expert_intermediate_size"),
-        latent_width=fields.optional("moe_latent_size"),
+        latent_width=fields.count("moe_latent_size") or None,
         num_groups=fields.integer("n_group", 1),
         num_chosen_groups=fields.integer("topk_group", 1),
         normalize_weights=fields.flag("norm_topk_prob", True),
         scale=fields.number("routed_scaling_factor", 1.0),
     )
+    _check_divides("n_group", spec.num_groups, "n_routed_experts", spec.num_experts)
+    if spec.num_chosen_groups > spec.num_groups:
+        raise BadFile(f"config.json: `topk_group` is {spec.num_chosen_groups} of {spec.num_groups} groups")
+    eligible = spec.num_experts // spec.num_groups * spec.num_chosen_groups
+    if spec.num_chosen > eligible:
+        raise BadFile(f"config.json: `num_experts_per_tok` is {spec.num_chosen}, only {eligible} experts are eligible")
+    return spec
+
+
+def _check_divides(key: str, value: int, of_key: str, of_value: int) -> None:
+    if of_value % value:
+        raise BadFile(f"config.json: `{of_key}` is {of_value}, which `{key}` {value} does not divide")
 
 
 def tensor_names(spec: DecoderSpec, stored: Collection[str]) -> TensorNames:

@@ -26,10 +26,10 @@ LOG_OF_NEGATIVE = Transform(
 def gguf_config(fields: GgufFields) -> dict[str, Any]:
     """Return the config.json of a GGUF file of architecture `nemotron_h` or `nemotron_h_moe`."""
     config = fields.embedding_config()
-    num_blocks, num_mtp = fields.integer("block_count"), fields.optional("nextn_predict_layers") or 0
+    num_blocks, num_mtp = fields.integer("block_count"), fields.count("nextn_predict_layers")
     num_kv_heads = _per_layer(fields, "attention.head_count_kv", num_blocks)
     ff_widths = _per_layer(fields, "feed_forward_length", num_blocks)
-    num_experts = fields.optional("expert_count") or 0
+    num_experts = fields.count("expert_count")
     feed_forward = "moe" if num_experts else "mlp"
     kinds = [
         feed_forward if ff_width else "attention" if num_kv else "mamba"
@@ -99,9 +99,9 @@ def _moe_config(fields: GgufFields, num_experts: int, ff_width: int) -> dict[str
         "moe_shared_expert_intermediate_size": fields.integer("expert_shared_feed_forward_length"),
         "norm_topk_prob": fields.flag("expert_weights_norm", False),
         "routed_scaling_factor": rounded(fields.number("expert_weights_scale", 1.0)) or 1.0,
-        "n_group": fields.optional("expert_group_count") or 1,
-        "topk_group": fields.optional("expert_group_used_count") or 1,
-        "moe_latent_size": fields.optional("moe_latent_size"),
+        "n_group": fields.count("expert_group_count") or 1,
+        "topk_group": fields.count("expert_group_used_count") or 1,
+        "moe_latent_size": fields.count("moe_latent_size") or None,
     }
 
 
