@@ -83,8 +83,8 @@ def test_greedy_continuation_equals_the_witness(name):
     config, prompt_L = CONFIGS[name], random_tokens(9, seed=5)
     witness = witness_model(config)
     decoder = decoder_with_weights_of(witness, config)
-    limits = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
-    expected = witness.generate(prompt_L[None], attention_mask=torch.ones(1, 9), **limits)[0]
+    settings = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": 97}  # 97 cannot occur
+    expected = witness.generate(prompt_L[None], attention_mask=torch.ones(1, 9), **settings)[0]
     tokens_L = prompt_L
     for _ in range(16):
         tokens_L = torch.cat((tokens_L, our_logits(decoder, tokens_L)[-1:].argmax(dim=-1)))

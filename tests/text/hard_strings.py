@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001
 """Texts on which tokenizers like to differ."""
 
 HARD_STRINGS = {
@@ -8,8 +9,8 @@ HARD_STRINGS = {
     "spaces before digits": "x =  12\n    1\n\t2  3   4",
     "spaces": " a  b   c    d     \n  \n\n \n e\t\tf \r\n g\r\r\n   ",
     "exotic spaces": "a\u00a0b\u3000c\u2028d\u200be\ufefff",
-    "code": "def f(x: int) -> list[str]:\n    return [f'{x:>{8}}' for _ in range(10)]  # done\n\n\nclass A(B):\n\tpass\n",
-    "signs": "!!! ... ??? ((({[<>]}))) &amp; // /* */ <- => ::= #include <a/b.h> $x_1 @me __init__ --flag=\"v\"",
+    "code": "def f(x: int) -> str:\n    return [f'{x:>{8}}' for _ in range(10)]  # done\n\n\nclass A(B):\n\tpass\n",
+    "signs": '!!! ... ??? ((({[<>]}))) &amp; // /* */ <- => ::= #include <a/b.h> $x_1 @me __init__ --flag="v"',
     "camel case": "getHTTPResponseCode XMLHttpRequest iPhone McDonald ÀÉÎõü ǅungla",
     "european": "Größe, naïveté, smørrebrød, žluťoučký kůň, Łódź, çok güzel, Ελληνικά, Русский язык",
     "asian": "東京都に住んでいます。你好,世界!안녕하세요 สวัสดีครับ नमस्ते दुनिया",

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-
 from text.witnesses import (
     FAMILIES,
     RENDERINGS,

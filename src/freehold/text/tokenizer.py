@@ -142,7 +142,7 @@ class Tokenizer:
         self._core.save(str(folder / "tokenizer.json"), pretty=False)
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
         if chat_template is not None:
-            (folder / "chat_template.jinja").write_text(chat_template, "utf-8", newline="")
+            (folder / "chat_template.jinja").write_text(chat_template, "utf-8")
 
     @cached_property
     def _plain_core(self) -> Core:

@@ -1,0 +1,88 @@
+"""What holds for every command: quick help, exit codes, quiet ends, and documentation that cannot rot."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from cli.commands import call, spawn
+
+import freehold
+from freehold.cli import main as main_module
+from freehold.cli.main import app
+from freehold.cli.reference import render
+
+ROOT = Path(__file__).parent.parent.parent
+HELP_SECONDS = 0.4
+
+
+def test_help_answers_before_anybody_waits():
+    def seconds() -> float:
+        start = time.perf_counter()
+        with spawn("--help", stdout=subprocess.DEVNULL) as process:
+            assert process.wait() == 0
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < HELP_SECONDS
+
+
+def test_help_does_not_load_torch():
+    code = "import sys; from freehold.cli.main import app; app(['--help'], standalone_mode=False)"
+    code += "; sys.exit(any(name in sys.modules for name in ('torch', 'tokenizers', 'numpy')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "freehold fetch smollm2-135m-instruct" in done.stdout
+
+
+def test_no_command_shows_the_help():
+    assert call() == call("--help")
+
+
+def test_version():
+    assert call("--version").out == f"freehold {freehold.__version__}\n"
+
+
+def test_a_reader_that_leaves_is_no_error_worth_words():
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with spawn("fetch", stdout=write_end, stderr=subprocess.PIPE) as process:
+        os.close(write_end)
+        assert process.communicate()[1] == ""
+
+
+def test_a_bug_is_not_dressed_up_as_a_users_mistake(monkeypatch):
+    def broken(text: str) -> None:
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(main_module, "show_line", broken)
+    with pytest.raises(AssertionError, match="a bug"):
+        main_module.main(["--version"])
+
+
+def test_the_reference_is_the_same_in_every_terminal(monkeypatch):
+    expected = render()
+    for name, value in {"COLUMNS": "40", "TERM": "xterm-256color", "FORCE_COLOR": "1", "NO_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert render() == expected
+    assert "\x1b" not in expected
+
+
+def test_every_option_has_a_sentence_in_the_design_opinions():
+    opinions = (ROOT / "docs" / "design-opinions.md").read_text()
+    options = {
+        option
+        for command in [typer.main.get_group(app), *typer.main.get_group(app).commands.values()]
+        for parameter in command.params
+        for option in parameter.opts
+        if option.startswith("--")
+    }
+    assert {option for option in options if not re.search(rf"`{option}\b", opinions)} == set()
+
+
+def test_every_command_teaches_by_example():
+    for name, command in typer.main.get_group(app).commands.items():
+        assert f"freehold {name} " in (command.help or "").partition("Examples:")[2], name
