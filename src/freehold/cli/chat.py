@@ -152,7 +152,7 @@ def answer(loaded: "Model", conversation: Conversation, question: str, sampling:
     from freehold.engine.model import Usage
 
     conversation.turns.append({"role": "user", "content": question})
-    usage = Usage()
+    usage, is_stopped = Usage(), False
     pieces = loaded.chat_stream(conversation.messages, sampling=sampling, usage=usage)
     heard: list[Piece] = []
     writer = AnswerWriter()
@@ -162,16 +162,18 @@ def answer(loaded: "Model", conversation: Conversation, question: str, sampling:
             writer.show(piece)
         writer.finish()
     except KeyboardInterrupt:
-        usage.finish_reason = "stopped"
+        is_stopped = True
         writer.finish()
     except BadInput as error:  # a conversation that has outgrown the context, or that the template refuses
         show_error(type(error).__name__, error.message, error.hint or "/reset begins anew")
     remember(conversation, heard)
-    note_cut(usage, sampling.max_tokens)
+    if not is_stopped:
+        note_cut(usage, sampling.max_tokens)
     if usage.completion_tokens:
         speed = f"{usage.decode_tokens_per_s:.1f} tokens/s, first after {usage.prefill_s:.2f} s"
-        stopped = ", stopped" if usage.finish_reason == "stopped" else ""
-        show_note(f"[{usage.completion_tokens} tokens, {speed}{stopped}]")
+        show_note(f"[{usage.completion_tokens} tokens, {speed}{', stopped' if is_stopped else ''}]")
+    elif is_stopped:
+        show_note("[stopped before the first token; the question is withdrawn]")
 
 
 def remember(conversation: Conversation, heard: list["Piece"]) -> None:

@@ -1,0 +1,121 @@
+"""The router and the experts against a loop over tokens, written out."""
+
+import math
+
+import pytest
+import torch
+
+from freehold.ops.moe import mix_experts, route
+
+# float32: products of a few rows at once may sum in another order than those of one row.
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
+TOKENS, WIDTH, EXPERTS = 9, 6, 8
+
+
+def route_one(hidden, gate_ED, correction_E, *, num_chosen, num_groups, num_chosen_groups, normalize_weights, scale):
+    """The choice for one token, with lists."""
+    scores = [1 / (1 + math.exp(-float(hidden.float() @ row))) for row in gate_ED.float()]
+    corrected = [score + float(c) for score, c in zip(scores, correction_E, strict=True)]
+    members = len(scores) // num_groups
+    ranks = [sum(sorted(corrected[g * members : (g + 1) * members])[-2:]) for g in range(num_groups)]
+    best = sorted(range(num_groups), key=lambda g: -ranks[g])[:num_chosen_groups]
+    eligible = [e for e in range(len(scores)) if e // members in best]
+    chosen = sorted(eligible, key=lambda e: -corrected[e])[:num_chosen]
+    total = sum(scores[e] for e in chosen) + 1e-20 if normalize_weights else 1.0
+    return {e: scores[e] / total * scale for e in chosen}
+
+
+SETTINGS = {
+    "plain": {"num_chosen": 3},
+    "one-expert": {"num_chosen": 1},
+    "all-experts": {"num_chosen": EXPERTS},
+    "not-normalized": {"num_chosen": 3, "normalize_weights": False},
+    "one-of-two-groups": {"num_chosen": 3, "num_groups": 2, "num_chosen_groups": 1},
+    "two-of-four-groups": {"num_chosen": 3, "num_groups": 4, "num_chosen_groups": 2},
+    "all-groups": {"num_chosen": 3, "num_groups": 4, "num_chosen_groups": 4},
+}
+DEFAULTS = {"num_groups": 1, "num_chosen_groups": 1, "normalize_weights": True, "scale": 2.5}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_each_token_gets_the_experts_and_weights_of_the_loop(settings, dtype):
+    hidden_TD, gate_ED = torch.randn(TOKENS, WIDTH).to(dtype), torch.randn(EXPERTS, WIDTH)
+    correction_E = 0.3 * torch.randn(EXPERTS)
+    experts_TX, weights_TX = route(hidden_TD, gate_ED, correction_E, **(DEFAULTS | settings))
+    assert weights_TX.dtype is torch.float32
+    for hidden_D, experts, weights in zip(hidden_TD, experts_TX.tolist(), weights_TX.tolist(), strict=True):
+        expected = route_one(hidden_D, gate_ED, correction_E, **(DEFAULTS | settings))
+        assert dict(zip(experts, weights, strict=True)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_correction_chooses_and_does_not_weigh():
+    hidden_TD, gate_ED = torch.randn(TOKENS, WIDTH), torch.randn(EXPERTS, WIDTH)
+    settings = DEFAULTS | {"num_chosen": 1, "normalize_weights": False, "scale": 1.0}
+    experts_TX, weights_TX = route(hidden_TD, gate_ED, torch.eye(EXPERTS)[5] * 9.0, **settings)
+    assert experts_TX.flatten().tolist() == [5] * TOKENS
+    torch.testing.assert_close(weights_TX[:, 0], torch.sigmoid(hidden_TD @ gate_ED[5]), **TOLERANCE)
+
+
+def test_a_correction_around_a_large_offset_keeps_its_differences():
+    hidden_TD, gate_ED, correction_E = torch.randn(TOKENS, WIDTH), torch.randn(EXPERTS, WIDTH), torch.rand(EXPERTS)
+    settings = DEFAULTS | {"num_chosen": 3}
+    near = route(hidden_TD, gate_ED, correction_E, **settings)
+    assert torch.equal(near[0], route(hidden_TD, gate_ED, correction_E + 64.0, **settings)[0])
+
+
+def random_experts(width=WIDTH, inner=10, num_chosen=3):
+    up_EFZ, down_EZF = torch.randn(EXPERTS, inner, width), torch.randn(EXPERTS, width, inner)
+    experts_TX = torch.stack([torch.randperm(EXPERTS)[:num_chosen] for _ in range(TOKENS)])
+    return torch.randn(TOKENS, width), experts_TX, torch.rand(TOKENS, num_chosen), up_EFZ, down_EZF
+
+
+def mix_one_by_one(input_TZ, experts_TX, weights_TX, up_EFZ, down_EZF):
+    rows = []
+    for token, experts in enumerate(experts_TX.tolist()):
+        row = torch.zeros_like(input_TZ[token])
+        for place, expert in enumerate(experts):
+            inner = up_EFZ[expert] @ input_TZ[token]
+            row = row + weights_TX[token, place] * (down_EZF[expert] @ inner.clamp(min=0).square())
+        rows.append(row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("num_chosen", [1, 3, EXPERTS])
+def test_the_mix_is_the_weighted_sum_of_each_tokens_experts(num_chosen):
+    arguments = random_experts(num_chosen=num_chosen)
+    torch.testing.assert_close(mix_experts(*arguments), mix_one_by_one(*arguments), rtol=1e-4, atol=1e-4)
+
+
+def test_experts_that_nobody_chose_may_hold_anything():
+    input_TZ, _, weights_TX, up_EFZ, down_EZF = random_experts()
+    up_EFZ[3:] = torch.nan
+    experts_TX = torch.tensor([[2, 0, 1]] * TOKENS)
+    assert mix_experts(input_TZ, experts_TX, weights_TX, up_EFZ, down_EZF).isfinite().all()
+
+
+def test_gradients_equal_those_of_the_loop():
+    input_TZ, experts_TX, *weights = random_experts()
+    inputs = [t.requires_grad_(True) for t in (input_TZ, *weights)]
+    found = torch.autograd.grad(mix_experts(input_TZ, experts_TX, *weights).square().sum(), inputs)
+    expected = torch.autograd.grad(mix_one_by_one(input_TZ, experts_TX, *weights).square().sum(), inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-2)  # gradients reach 1e4
+
+
+def test_a_token_has_the_same_values_alone_and_among_others():
+    input_TZ, experts_TX, weights_TX, up_EFZ, down_EZF = random_experts()
+    together_TZ = mix_experts(input_TZ, experts_TX, weights_TX, up_EFZ, down_EZF)
+    for t in range(TOKENS):
+        row = slice(t, t + 1)
+        alone_TZ = mix_experts(input_TZ[row], experts_TX[row], weights_TX[row], up_EFZ, down_EZF)
+        torch.testing.assert_close(alone_TZ[0], together_TZ[t], rtol=1e-4, atol=1e-4)
+
+
+def test_the_sum_of_bfloat16_experts_is_rounded_once():
+    input_TZ, experts_TX, weights_TX, up_EFZ, down_EZF = random_experts()
+    bf16 = [t.bfloat16() for t in (input_TZ, up_EFZ, down_EZF)]
+    out_TZ = mix_experts(bf16[0], experts_TX, weights_TX, *bf16[1:])
+    parts = [mix_experts(bf16[0], experts_TX[:, [x]], torch.ones(TOKENS, 1), *bf16[1:]) for x in range(3)]
+    expected_TZ = sum(part.float() * weights_TX[:, [x]] for x, part in enumerate(parts))
+    assert out_TZ.dtype is torch.bfloat16
+    torch.testing.assert_close(out_TZ.float(), expected_TZ, rtol=2.0**-7, atol=1e-6)
