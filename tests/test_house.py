@@ -31,7 +31,7 @@ FORBIDDEN_IMPORTS = {"pickle", "marshal", "dill", "shelve", "cloudpickle", "tran
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 # What turns a file of weights into bytes or tensors. Writing is free; fetch moves bytes without looking at them.
 READS_FILES = {"mmap", "read_bytes", "safe_open", "GGUFReader", "memmap", "fromfile", "from_file"}
-MAY_READ_FILES = {"checkpoint/source.py", "checkpoint/fetch.py"}
+MAY_READ_FILES = {"checkpoint/source.py", "checkpoint/fetch.py", "checkpoint/text_side.py"}
 WITHOUT_TORCH = (
     "text",
     "engine/request.py",

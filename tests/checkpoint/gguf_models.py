@@ -1,4 +1,4 @@
-"""GGUF files of tiny models, written as llama.cpp's converter writes them: from Hugging Face names, by a table of its own.
+"""GGUF files of tiny models, written as llama.cpp's converter writes them: by a table of names of their own.
 
 Not through the families' rules, which these files are there to check.
 """
@@ -11,11 +11,11 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from models.tiny import Config, saved_names
 
 from freehold.checkpoint.rules import stored_tensors
 from freehold.models.decoder import Decoder
 from freehold.models.spec import AttentionSpec, Mamba2Spec, MlpSpec, MoeSpec
-from models.tiny import Config, saved_names
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 Quantization = gguf.GGMLQuantizationType
@@ -56,7 +56,7 @@ def write_gguf_model(
     change: Callable[[dict[str, Any]], None] = lambda metadata: None,
     extra: Mapping[str, Array] = {},
 ) -> Path:
-    """Write a model. quantize: the type of a tensor that is not F32. change: edits the metadata. extra: more tensors."""
+    """Write a model. quantize: type of a tensor that is not F32. change: edits the metadata. extra: more tensors."""
     metadata = gguf_metadata(decoder, config)
     change(metadata)
     writer = gguf.GGUFWriter(path, metadata.pop("general.architecture"))

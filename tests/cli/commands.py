@@ -1,19 +1,27 @@
-"""Running the command line in tests: within this process, where torch is loaded already, or as a process of its own."""
+"""Running the command line in tests: within this process, where torch is loaded already, or as a process of its own.
+
+On one thread: several tests share the cores, and threads that wait for each other on busy cores take ten times longer.
+"""
 
 import io
 import os
 import signal
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import IO, Any
 from unittest import mock
 
 import pytest
+import torch
 
 from freehold.cli.main import main
 
+TIMEOUT_S = 120.0
+ENVIRONMENT = {"TERM": "dumb", "OMP_NUM_THREADS": "1"}
 START = "from freehold.cli.main import main; main()"
 # A terminal as its first three files: the one that Ctrl-C and Ctrl-D are typed into.
 START_IN_TERMINAL = f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); {START}"
@@ -31,7 +39,8 @@ class Ended:
 def call(*arguments: object, stdin: str = "") -> Ended:
     """Run a command within this process, with pipes for its three files."""
     out, err = io.StringIO(), io.StringIO()
-    before = signal.getsignal(signal.SIGTERM)
+    before, num_threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         with (
             redirect_stdout(out),
@@ -42,14 +51,24 @@ def call(*arguments: object, stdin: str = "") -> Ended:
             main([str(argument) for argument in arguments])
     finally:
         signal.signal(signal.SIGTERM, before)
+        torch.set_num_threads(num_threads)
     assert isinstance(end.value.code, int), f"exit code {end.value.code!r}"
     return Ended(code=end.value.code, out=out.getvalue(), err=err.getvalue())
 
 
-def spawn(*arguments: object, start: str = START, **files: Any) -> "subprocess.Popen[str]":
-    """Start a command as a process of its own; its text is not buffered on the way."""
+@contextmanager
+def spawn(*arguments: object, start: str = START, **files: Any) -> "Iterator[subprocess.Popen[str]]":
+    """Run a command as a process of its own, which is ended where a test would wait for it without end."""
     command = [sys.executable, "-c", start, *map(str, arguments)]
-    return subprocess.Popen(command, text=True, bufsize=1, env={**os.environ, "TERM": "dumb"}, **files)
+    with subprocess.Popen(command, text=True, bufsize=1, env={**os.environ, **ENVIRONMENT}, **files) as process:
+        watchdog = threading.Timer(TIMEOUT_S, process.kill)
+        watchdog.start()
+        try:
+            yield process
+            process.wait()
+        finally:
+            watchdog.cancel()
+            process.kill()
 
 
 def read_until(stream: IO[str], wanted: str) -> str:

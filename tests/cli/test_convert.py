@@ -66,6 +66,6 @@ def test_a_conversion_that_is_stopped_leaves_nothing(tmp_path, number):
         while not list(tmp_path.iterdir()) and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(number)
-        _, err = process.communicate(timeout=300)
+        _, err = process.communicate()
     assert (process.returncode, err) == (128 + number, "")
     assert list(tmp_path.iterdir()) == []

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from models.tiny import CONFIGS, LLAMA, MTP, NEMOTRON, QWEN, saved_names, tiny_decoder
 
 from freehold.checkpoint.load import load_decoder, open_described
 from freehold.checkpoint.rules import stored_tensors
 from freehold.checkpoint.save import save_checkpoint
+from freehold.evaluate import laws
 from freehold.evaluate.laws import Finding, check_laws, company, finite_weights, prefill_equals_decode, round_trip, twin
 from freehold.models import attention, mamba2
 from freehold.models.decoder import Decoder
@@ -15,7 +17,7 @@ from freehold.models.families import family_of_config
 from freehold.models.layout import Layout
 from freehold.models.names import SAME, Rule, Transform
 from freehold.ops.native import kernels
-from models.tiny import CONFIGS, LLAMA, MTP, NEMOTRON, QWEN, saved_names, tiny_decoder
+from freehold.ops.norm import rms_norm_reference
 
 DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.bfloat16, id="bfloat16")]
 FAMILIES = {"llama": LLAMA, "qwen": QWEN, "nemotron": NEMOTRON, "nemotron-mtp": MTP}
@@ -127,9 +129,7 @@ def test_positions_that_start_anew_break_prefill_equals_decode(monkeypatch):
 
 def test_attention_that_sees_its_neighbours_breaks_company(monkeypatch):
     correct = attention.attention
-    monkeypatch.setattr(
-        attention, "attention", lambda q, k, v, *, spans: correct(q, k, v, spans=[(0, spans[-1][1])])
-    )
+    monkeypatch.setattr(attention, "attention", lambda q, k, v, *, spans: correct(q, k, v, spans=[(0, spans[-1][1])]))
     finding = company(tiny_decoder(QWEN), seed=0)
     assert fails(finding)
     assert "packed" in finding.detail
@@ -194,10 +194,9 @@ def test_a_parameter_without_a_rule_breaks_the_round_trip():
 
 
 def test_a_kernel_with_another_epsilon_breaks_the_twin_law(monkeypatch):
-    from freehold.evaluate import laws
+    def other_epsilon(hidden_TD, weight_D, *, eps, order):
+        return rms_norm_reference(hidden_TD, weight_D, eps=0.1, order=order)
 
     monkeypatch.setattr(laws, "native_report", lambda: "portable")
-    monkeypatch.setattr(
-        laws, "rms_norm", lambda hidden, weight, *, eps, order: laws.rms_norm_reference(hidden, weight, eps=0.1, order=order)
-    )
+    monkeypatch.setattr(laws, "rms_norm", other_epsilon)
     assert fails(twin(tiny_decoder(LLAMA), seed=0))

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from models.tiny import CONFIGS, MTP, random_tokens, saved_names, tiny_decoder
+from models.witness import load_ours, load_witness, our_logits, save_witness, witness_logits, witness_model
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
@@ -10,15 +12,15 @@ from freehold.evaluate.laws import relative_difference
 from freehold.models.families import family_of_config
 from freehold.models.layout import Layout
 from freehold.models.spec import MoeSpec
-from models.tiny import CONFIGS, MTP, NEMOTRON, random_tokens, saved_names, tiny_decoder
-from models.witness import load_ours, load_witness, our_logits, save_witness, witness_logits, witness_model
 
-# Relative length of the difference of all logits. float32: sums in another order over at most five blocks; 7e-7 at most.
+# Relative length of the difference of all logits. float32: sums in another order over five blocks; 5e-7 at most.
 FLOAT32_TOLERANCE = 5e-6
 # bfloat16: the witness rounds in other places (softplus of dt, cosine and sine, the weights of experts); 1e-2 at most.
 BFLOAT16_TOLERANCE = 2e-2
-# Where a rounding may decide which expert is chosen.
+# Where a rounding may decide which expert is chosen; 8e-2 at most.
 ROUTED_BFLOAT16_TOLERANCE = 0.25
+# Of one parameter's gradient, float32: small sums of large terms in the scan's decays; 7e-5 at most.
+GRADIENT_TOLERANCE = 3e-4
 
 LENGTH = 40  # not a multiple of either side's chunks; past the original context of the scaled RoPEs
 ALL = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -66,7 +68,7 @@ def test_gradients_equal_those_of_the_witness(config):
             assert gradients[rule.parameter] is None  # it only chooses
             continue
         for stored, gradient in rule.stored_parts(gradients[rule.parameter]):
-            assert relative_difference(gradient, expected[stored]) <= 1e-4, stored
+            assert relative_difference(gradient, expected[stored]) <= GRADIENT_TOLERANCE, stored
 
 
 def decoder_with_weights_of(witness, config):
@@ -137,7 +139,8 @@ def respelled(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["nemotron", "nemotron-latent"])
 def test_both_spellings_of_nemotron_names_load_to_the_same_decoder(name, tmp_path):
-    save_checkpoint(tmp_path / "apart", tiny_decoder(CONFIGS[name]), family=family_of_config(NEMOTRON), config=CONFIGS[name])
+    config = CONFIGS[name]
+    save_checkpoint(tmp_path / "apart", tiny_decoder(config), family=family_of_config(config), config=config)
     stored = load_file(tmp_path / "apart" / "model.safetensors")
     assert "backbone.layers.3.mixer.experts.7.up_proj.weight" in stored
     (tmp_path / "stacked").mkdir()

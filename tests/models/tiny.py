@@ -1,4 +1,4 @@
-"""Tiny models of every family and kind of block: their configs, and random weights that leave no part without effect."""
+"""Tiny models of every family and kind of block: their configs, and weights that leave no part without effect."""
 
 import math
 from typing import Any

@@ -142,13 +142,18 @@ def test_penalties_before_anything_was_seen_change_nothing():
 
 
 def test_the_draw_of_a_seed_and_index_is_fixed_for_ever():
-    golden = {(0, 0): 0.3859926107094097, (0, 1): 0.29868916236736043, (1, 0): 0.48055380340761744, (2**63, 12): 0.8438245911834301}
+    golden = {
+        (0, 0): 0.3859926107094097,
+        (0, 1): 0.29868916236736043,
+        (1, 0): 0.48055380340761744,
+        (2**63, 12): 0.8438245911834301,
+    }
     assert {key: uniform_draw(*key) for key in golden} == golden
 
 
 def test_draws_are_even_and_without_a_link_between_neighbours():
     draws = torch.tensor([uniform_draw(3, i) for i in range(4000)], dtype=torch.float64)
-    assert 0.0 <= draws.min()
+    assert draws.min() >= 0.0
     assert draws.max() < 1.0
     assert abs(float(draws.mean()) - 0.5) < 4 / math.sqrt(12 * 4000)
     assert abs(float(torch.corrcoef(torch.stack((draws[1:], draws[:-1])))[0, 1])) < 4 / math.sqrt(4000)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freehold.checkpoint.rules import Match, Matches, match_tensors
+from freehold.checkpoint.rules import MOST_MISSING, Match, Matches, match_tensors
 from freehold.checkpoint.source import Source, StoredTensor, open_source
 from freehold.errors import BadFile, CheckpointMismatch
 from freehold.models.decoder import Decoder, build_decoder
@@ -18,7 +18,7 @@ from freehold.models.spec import DecoderSpec
 from freehold.quantize.gguf_blocks import BLOCKS, dequantize
 
 # A file's pages are released after so many bytes, so that reading a tensor keeps little of the file in memory.
-READ_BYTES = 16 << 20
+READ_BYTES = 4 << 20
 
 DTYPE_OF_FORMAT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -29,7 +29,7 @@ Progress = Callable[[int, int], None]  # bytes read so far, bytes in all
 class Described:
     """A checkpoint whose headers were read and matched, and none of whose weights were.
 
-    config: the config.json, or what the GGUF metadata stand for..
+    config: the config.json, or what the GGUF metadata stand for.
     """
 
     family: Family
@@ -71,9 +71,11 @@ def describe(source: Source) -> Described:
         notes.append("the config has an MTP module, the file stores none: it is left out")
     if "auto_map" in config:
         notes.append("auto_map names code of its own: ignored, Freehold runs no code from a checkpoint")
+    if len(spec.blocks) > len(source.tensors) + MOST_MISSING:
+        raise CheckpointMismatch(f"the config has {len(spec.blocks)} blocks, the file {len(source.tensors)} tensors")
     choose_names = family.tensor_names if source.kind == "safetensors" else family.gguf_names
     names = choose_names(spec, source.tensors.keys())
-    matches = match_tensors(build_decoder(spec, dtype=torch.float32), names, source.tensors)
+    matches = match_tensors(_measured(spec), names, source.tensors)
     notes += [f"`{name}` holds no weight: ignored" for name in matches.ignored]
     return Described(family=family, config=config, spec=spec, names=names, matches=matches, notes=tuple(notes))
 
@@ -86,10 +88,27 @@ def _family_and_config(source: Source) -> tuple[Family, Mapping[str, Any]]:
     architecture = source.metadata.get("general.architecture")
     family = family_of_gguf(architecture)
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
-    divisors = read_tensor(source, "rope_freqs.weight", torch.float32) if "rope_freqs.weight" in shapes else None
+    divisors = _rope_divisors(source)
     return family, family.gguf_config(
         GgufFields(source.metadata, str(architecture), shapes=shapes, rope_divisors=divisors)
     )
+
+
+def _rope_divisors(source: Source) -> Tensor | None:
+    """Return the one tensor whose values belong to the config."""
+    if (tensor := source.tensors.get("rope_freqs.weight")) is None:
+        return None
+    if len(tensor.shape) != 1 or tensor.num_bytes > READ_BYTES:
+        raise BadFile(f"`{tensor.name}` has shape {list(tensor.shape)}, wanted is a short list of divisors")
+    return read_tensor(source, tensor.name, torch.float32)
+
+
+def _measured(spec: DecoderSpec) -> Decoder:
+    """Return the decoder on the meta device, for its names and shapes."""
+    try:
+        return build_decoder(spec, dtype=torch.float32)
+    except RuntimeError:  # of torch, where a number of bytes does not fit into 64 bits
+        raise BadFile("the config's sizes make a tensor that is larger than any can be") from None
 
 
 def _stores_mtp(source: Source) -> bool:
@@ -124,6 +143,8 @@ def load_decoder(
     decoder = build_decoder(described.spec, dtype=dtype)
     parameters = dict(decoder.named_parameters())
     mapped = copied = 0
+    total = sum(parameter.nbytes for parameter in parameters.values())
+    progress(0, total)
     formats: dict[str, int] = {}
     for match in described.matches.matches:
         wanted = parameters[match.name].dtype
@@ -136,7 +157,7 @@ def load_decoder(
         _assign(decoder, match.name, value)
         for tensor in match.stored:
             formats[tensor.format] = formats.get(tensor.format, 0) + 1
-        progress(mapped + copied, sum(p.nbytes for p in parameters.values()))
+        progress(mapped + copied, total)
     decoder.tie_embeddings()
     if described.matches.repeated_head:
         _check_repeated_head(source, described.names)

@@ -6,7 +6,6 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor
 
-from freehold.checkpoint.safetensors import DTYPES
 from freehold.checkpoint.stored import StoredTensor
 from freehold.errors import CheckpointMismatch, UnsupportedModel
 from freehold.models.decoder import Decoder
@@ -14,6 +13,7 @@ from freehold.models.names import Rule, TensorNames
 from freehold.quantize.gguf_blocks import BLOCKS
 
 NAMES_SHOWN = 6
+MOST_MISSING = 1000  # of layers or experts: where more are missing, the config is wrong, and no names are made for them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,9 @@ def match_tensors(decoder: Decoder, names: TensorNames, stored: Mapping[str, Sto
     """
     parameters = dict(decoder.named_parameters())  # a tied head is not listed twice
     assert {rule.parameter for rule in names.rules} == set(parameters), "the rules must name each parameter once"
+    for rule in names.rules:
+        if rule.is_stack and (count := len(parameters[rule.parameter])) > len(stored) + MOST_MISSING:
+            raise CheckpointMismatch(f"the config has {count} experts, the file {len(stored)} tensors")
     wanted = {name: rule for rule in names.rules for name in rule.stored_names(parameters[rule.parameter])}
     ignored = [name for name in stored if any(fnmatchcase(name, pattern) for pattern in names.ignored)]
     head, _ = names.head
@@ -64,8 +67,7 @@ def _match(rule: Rule, parameter: Tensor, stored: Mapping[str, StoredTensor]) ->
             )
         if tensor.format not in BLOCKS:
             known = ", ".join(BLOCKS)
-            kind = "a quantized layout" if tensor.format in DTYPES else "an unknown format"
-            raise UnsupportedModel(f"`{name}` is stored as {tensor.format}, {kind}", hint=f"weights can be: {known}")
+            raise UnsupportedModel(f"`{name}` is stored as {tensor.format}, no weight can be", hint=f"known: {known}")
     found = tuple(stored[name] for name in rule.stored_names(parameter))
     return Match(name=rule.parameter, parameter=parameter, rule=rule, stored=found)
 

@@ -24,7 +24,6 @@ __all__ = ["Source", "StoredTensor", "open_source"]
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_READ_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB per call
 
 # Without it a private map counts as memory in full, and a model larger than this machine's memory could not be opened.
 # Python has the name from 3.13 on; the number is Linux's on x86, ARM and RISC-V.
@@ -64,18 +63,6 @@ class Source:
             return torch.empty(0, dtype=torch.uint8)
         file = self._opened[tensor.file]
         return torch.frombuffer(file.map, dtype=torch.uint8, offset=tensor.offset, count=tensor.num_bytes)
-
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Read the bytes of a tensor without touching the map, so that they are in memory once.
-
-        Shapes: out is uint8 [num_bytes], contiguous, on the CPU.
-        Mutates: out.
-        Raises: BadFile where the file has become shorter since it was opened.
-        """
-        tensor = self.tensors[name]
-        wanted = (torch.uint8, (tensor.num_bytes,), True, "cpu")
-        assert (out.dtype, tuple(out.shape), out.is_contiguous(), out.device.type) == wanted, f"out must be {wanted}"
-        self._opened[tensor.file].read_into(out.numpy().data, tensor.offset)
 
     def release(self, name: str) -> None:
         """Tell the system that the mapped pages of a tensor are not needed now: they leave this process's memory.
@@ -143,14 +130,6 @@ class _WeightFile:
     @property
     def buffer(self) -> memoryview:
         return memoryview(self.map)
-
-    def read_into(self, out: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(out):
-            count = os.preadv(self._file.fileno(), [out[done : done + _READ_AT_ONCE]], offset + done)
-            if count == 0:
-                raise BadFile(f"{self.path.name}: it ends at {offset + done} and was longer when it was opened")
-            done += count
 
     def close(self) -> None:
         self._file.close()

@@ -39,9 +39,7 @@ class TextSide:
             shutil.copyfile(file, folder / file.name)
         if self.files or self.tokenizer is None:
             return
-        self.tokenizer.to_files(folder)
-        if self.template:
-            (folder / "chat_template.jinja").write_text(self.template.source, encoding="utf-8")
+        self.tokenizer.to_files(folder, chat_template=self.template.source if self.template else None)
         stops = {"bos_token_id": self.tokenizer.bos_id, "eos_token_id": sorted(self.tokenizer.stop_ids)}
         (folder / "generation_config.json").write_text(json.dumps(stops, indent=2) + "\n", encoding="utf-8")
 
@@ -52,7 +50,8 @@ def load_text_side(source: Source, described: Described) -> TextSide:
     Raises: BadFile, UnsupportedModel where a tokenizer is there and cannot be used.
     """
     if source.kind == "gguf":
-        tokenizer: Tokenizer | None = Tokenizer.from_gguf(source.metadata)
+        has_tokenizer = any(key.startswith("tokenizer.ggml.") for key in source.metadata)
+        tokenizer = Tokenizer.from_gguf(source.metadata) if has_tokenizer else None
         template, files = source.metadata.get("tokenizer.chat_template"), tuple[Path, ...]()
     else:
         files = tuple(source.folder / name for name in TEXT_FILES if (source.folder / name).is_file())
@@ -79,13 +78,16 @@ def _template_of(folder: Path) -> Any:
     """Return the chat template of a folder: its own file, or a key of tokenizer_config.json (the one named default)."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise BadFile("chat_template.jinja is not UTF-8") from None
     for name in ("chat_template.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             template = parse_json_object((folder / name).read_bytes(), file=name).get("chat_template")
             if isinstance(template, list):
-                named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-                template = named.get("default")
+                templates = [entry for entry in template if isinstance(entry, dict)]
+                template = next((entry.get("template") for entry in templates if entry.get("name") == "default"), None)
             if template is not None:
                 return template
     return None

@@ -73,7 +73,7 @@ def generate(
     num_ids: how many ids the tokenizer has; a vocabulary padded beyond them is not drawn from.
     Raises: BadRequest for a prompt that is empty, holds unknown ids, or leaves no room in the context.
     """
-    check_prompt(decoder, prompt)
+    check_prompt(decoder, prompt, room_tokens=1)
     stops = {*stop_ids, *sampling.stop_ids}
     room = decoder.spec.max_positions - len(prompt)
     num_tokens = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
@@ -88,30 +88,32 @@ def generate(
         logits_V = continuation.read(answer[-1:])
 
 
-def check_prompt(decoder: Decoder, prompt: Sequence[int]) -> None:
-    """Refuse a prompt that cannot be read.
+def check_prompt(decoder: Decoder, prompt: Sequence[int], *, room_tokens: int) -> None:
+    """Refuse a prompt that cannot be read, or that leaves too little room for an answer.
 
     Raises: BadRequest.
     """
     limit, vocab_size = decoder.spec.max_positions, decoder.spec.vocab_size
-    if not prompt:
+    if len(prompt) == 0:
         raise BadRequest("the prompt is empty")
-    if len(prompt) >= limit:
+    if len(prompt) + room_tokens > limit:
         raise BadRequest(
             f"the prompt has {len(prompt)} tokens, the model's context is {limit} with room for an answer",
             hint="shorten the prompt, or start a new conversation",
         )
-    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-        raise BadRequest(f"the prompt has ids outside 0 to {vocab_size - 1}")
+    for token in prompt:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise BadRequest(f"the prompt has the id {token!r:.60}, wanted are integers from 0 to {vocab_size - 1}")
 
 
 @torch.inference_mode()
 def _draw(logits_V: Tensor, prompt: Sequence[int], answer: Sequence[int], sampling: SamplingParams) -> int:
     if sampling.penalizes:
         written = torch.tensor(answer, dtype=torch.int64, device=logits_V.device)
+        seen = [token for token in {*prompt, *answer} if token < len(logits_V)]
         logits_V = penalize(
             logits_V,
-            seen=torch.tensor(sorted({*prompt, *answer}), device=logits_V.device),
+            seen=torch.tensor(seen, dtype=torch.int64, device=logits_V.device),
             generated_counts_V=torch.bincount(written, minlength=len(logits_V)),
             repetition=sampling.repetition_penalty,
             presence=sampling.presence_penalty,

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ class Usage:
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    finish_reason: str = ""  # "stop" or "length"
+    finish_reason: str = ""  # "stop" or "length"; nothing while the answer is not at its end
     prefill_s: float = 0.0
     decode_s: float = 0.0
 
@@ -90,7 +89,7 @@ class Model:
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """Return float32 logits [T, V] of one sequence of token ids, each row for what follows that token."""
-        check_prompt(self.decoder, tokens)
+        check_prompt(self.decoder, tokens, room_tokens=0)
         device = self.decoder.device
         hidden_TD = self.decoder(torch.tensor(tokens, device=device), Layout.packed([len(tokens)], device))
         return self.decoder.logits(hidden_TD)
@@ -173,7 +172,6 @@ class Model:
         start = time.perf_counter()
         usage.prompt_tokens = len(prompt)
         stop_ids = self.tokenizer.stop_ids | sampling.stop_ids
-        usage.finish_reason = "length"
         for token in generate(self.decoder, prompt, sampling, stop_ids=stop_ids, num_ids=self.tokenizer.vocab_size):
             now = time.perf_counter()
             usage.completion_tokens += 1
@@ -188,6 +186,8 @@ class Model:
             if stops.matched is not None:
                 usage.finish_reason = "stop"
                 return
+        else:
+            usage.finish_reason = "length"
         if text := stops.feed(detokenizer.finish()) + stops.finish():
             yield text
 

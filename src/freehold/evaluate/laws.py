@@ -21,10 +21,10 @@ from freehold.ops.native import native_report
 from freehold.ops.norm import rms_norm, rms_norm_reference
 
 # Relative distances between two ways to compute the same numbers. A matrix product may sum in another order when it has
-# more rows: that is some units in the last place (6e-8 and 4e-3), grown over the depth of a model. SmolLM2's sixty blocks
-# come to 5e-6 and 3e-2.
+# more rows: that is some units in the last place (6e-8 and 4e-3), grown over the depth of a model. The sixty blocks of
+# SmolLM2 come to 5e-6 and 3e-2.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
-# Where two experts have almost the same score, a rounding of bfloat16 decides which one is chosen, and that token differs
+# Where two experts have almost the same score, a rounding of bfloat16 decides which one is chosen, and the token is off
 # by what the two say differently.
 ROUTED_BFLOAT16_TOLERANCE = 0.25
 # One norm has one sum per row, and no depth that a difference could grow over: a few units in the last place.
@@ -112,7 +112,7 @@ def prefill_equals_decode(decoder: Decoder, *, seed: int) -> Finding:
 
 
 def company(decoder: Decoder, *, seed: int) -> Finding:
-    """Return whether a sequence gives the same values alone, at any place among others, and on any number of threads."""
+    """Return whether a sequence gives the same values alone, anywhere among others, and on any number of threads."""
     random = torch.Generator().manual_seed(seed)
     subject_L = _random_tokens(decoder, LENGTH, random)
     others = [_random_tokens(decoder, length, random) for length in (1, PAGE_SIZE + 1, 7)]
@@ -195,7 +195,7 @@ def trace(
     neighbours: sequences that take all their tokens with the first part and then repeat their last one, a token a step.
     Its pages lie scattered among those of its neighbours, and its slot is the last.
     """
-    assert sum(parts) == len(tokens_L) and min(parts) > 0, f"parts {parts} of {len(tokens_L)} tokens"
+    assert sum(parts) == len(tokens_L), f"parts {parts} of {len(tokens_L)} tokens"
     sequences = [*neighbours, tokens_L]
     contexts = [0] * len(sequences)
     totals = [len(tokens) + len(parts) for tokens in sequences]
@@ -222,7 +222,7 @@ def trace(
 
 
 def _scattered_pages(counts: Sequence[int]) -> list[list[int]]:
-    """Return page numbers for each sequence, dealt out in turn from the last to the first, so that none are in order."""
+    """Return page numbers for each sequence, dealt out in turn from the last to the first: none are in order."""
     free = list(range(sum(counts)))
     pages: list[list[int]] = [[] for _ in counts]
     while free:

@@ -17,6 +17,10 @@ NEUTRAL_KEYS = frozenset(
 )
 
 
+# No size of a model comes near; what is larger is damage, and would cost memory before it is found.
+MAX_SIZE = 1 << 24
+
+
 class Fields:
     """A config whose keys are used up one by one; `finish` refuses what is left."""
 
@@ -28,29 +32,29 @@ class Fields:
     def integer(self, key: str, default: int | None = None) -> int:
         """Return a positive integer."""
         value = self._take(key, default)
-        if type(value) is not int or value <= 0:
-            raise BadFile(f"{self._where}: `{key}` is {value!r}, wanted a positive integer")
+        if type(value) is not int or not 0 < value <= MAX_SIZE:
+            raise BadFile(f"{self._where}: `{key}` is {value!r:.60}, wanted a positive integer up to {MAX_SIZE}")
         return value
 
     def count(self, key: str) -> int:
         """Return an integer that is not negative, 0 where the key is absent or null."""
         value = self._left.pop(key, None)
-        if value is not None and (type(value) is not int or value < 0):
-            raise BadFile(f"{self._where}: `{key}` is {value!r}, wanted a count")
+        if value is not None and (type(value) is not int or not 0 <= value <= MAX_SIZE):
+            raise BadFile(f"{self._where}: `{key}` is {value!r:.60}, wanted a count up to {MAX_SIZE}")
         return value or 0
 
     def number(self, key: str, default: float | None = None) -> float:
         """Return a number that is not negative."""
         value = self._take(key, default)
-        if type(value) not in (int, float) or not value >= 0:
-            raise BadFile(f"{self._where}: `{key}` is {value!r}, wanted a number that is not negative")
+        if type(value) not in (int, float) or not 0 <= value < 1e30:
+            raise BadFile(f"{self._where}: `{key}` is {value!r:.60}, wanted a number that is not negative")
         return float(value)
 
     def flag(self, key: str, default: bool | None = None) -> bool:
         """Return true or false."""
         value = self._take(key, default)
         if type(value) is not bool:
-            raise BadFile(f"{self._where}: `{key}` is {value!r}, wanted true or false")
+            raise BadFile(f"{self._where}: `{key}` is {value!r:.60}, wanted true or false")
         return value
 
     def optional(self, key: str) -> Any:
@@ -62,7 +66,7 @@ class Fields:
         value = self._left.pop(key, None)
         if value is not None and value not in wanted:
             raise UnsupportedModel(
-                f"{self._where}: `{key}` is {value!r}, and Freehold's {self._family} has only {wanted[0]!r}"
+                f"{self._where}: `{key}` is {value!r:.60}, and Freehold's {self._family} has only {wanted[0]!r}"
             )
 
     def ignore(self, keys: Iterable[str]) -> None:
@@ -99,6 +103,8 @@ def read_rope(fields: Fields, *, default_theta: float, max_positions: int) -> Ro
     kind = rope.optional("rope_type") or rope.optional("type") or "default"
     rope.ignore(["type"])
     theta = rope.number("rope_theta", theta)
+    if theta <= 1:
+        raise BadFile(f"config.json: `rope_theta` is {theta}, wanted more than 1")
     match kind:
         case "default":
             spec = RopeSpec(theta=theta)

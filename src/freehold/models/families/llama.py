@@ -62,6 +62,8 @@ def read_layers(fields: Fields, *, qkv_bias: bool, default_theta: float) -> Deco
         raise UnsupportedModel(
             f"config.json: {num_heads} query heads do not divide by {attention.num_kv_heads} kv heads"
         )
+    if attention.head_dim % 2:
+        raise UnsupportedModel(f"config.json: heads of {attention.head_dim} have no two halves for RoPE")
     mlp = MlpSpec(width=fields.integer("intermediate_size"), activation="silu_gated")
     return DecoderSpec(
         vocab_size=fields.integer("vocab_size"),
@@ -106,10 +108,12 @@ def _published_scaling(fields: GgufFields, config: Mapping[str, Any]) -> dict[st
     if divisors is None:
         return {}
     head_dim, theta = config["head_dim"], config["rope_parameters"]["rope_theta"]
+    if divisors.shape != (head_dim // 2,) or config["rope_parameters"]["rope_type"] != "default":
+        raise UnsupportedModel("rope_freqs.weight does not fit the head size, or another RoPE scaling stands beside it")
     plain, _ = rope_table_frequencies(RopeSpec(theta=theta), head_dim)
     for scaling in PUBLISHED_SCALINGS:
         scaled, _ = rope_table_frequencies(RopeSpec(theta=theta, scaling=scaling), head_dim)
-        if divisors.shape == plain.shape and torch.allclose(plain / scaled, divisors, rtol=1e-4):
+        if torch.allclose(plain / scaled, divisors, rtol=1e-4):
             return {
                 "rope_type": "llama3",
                 "factor": scaling.factor,
@@ -135,7 +139,8 @@ def gguf_layer_names(spec: DecoderSpec, *, interleaves: bool) -> TensorNames:
     for index, block in enumerate(spec.blocks):
         part = _gguf_attention(block, interleaves) if isinstance(block, AttentionSpec) else _gguf_mlp()
         rules += place(part, f"blocks.{index}.", f"blk.{index // 2}.")
-    return TensorNames(rules=tuple(rules), ignored=("rope_freqs.weight",), head=("output.weight", "token_embd.weight"))
+    ignored = ("rope_freqs.weight",) if interleaves else ()  # `llama` alone has read it, as the config's scaling
+    return TensorNames(rules=tuple(rules), ignored=ignored, head=("output.weight", "token_embd.weight"))
 
 
 def _gguf_attention(block: AttentionSpec, interleaves: bool) -> list[Rule]:

@@ -59,7 +59,7 @@ def gguf_config(fields: GgufFields) -> dict[str, Any]:
 
 def _per_layer(fields: GgufFields, key: str, num_blocks: int) -> list[int]:
     values = fields.optional(key)
-    if not isinstance(values, list) or len(values) != num_blocks or not all(type(v) is int for v in values):
+    if not isinstance(values, list) or len(values) != num_blocks or not all(type(v) is int and v >= 0 for v in values):
         raise BadFile(f"the GGUF metadata: `{key}` wanted as an array of {num_blocks} integers")
     if len({v for v in values if v}) > 1:
         raise BadFile(f"the GGUF metadata: `{key}` differs between layers of one kind")
@@ -70,6 +70,8 @@ def _attention_config(fields: GgufFields, num_kv_heads: list[int]) -> dict[str, 
     num_heads = fields.integer("attention.head_count")
     head_dim = fields.integer("attention.key_length")
     fields.require("attention.value_length", head_dim)
+    if head_dim % 2:
+        raise UnsupportedModel(f"the GGUF metadata: heads of {head_dim} have no two halves to be stored interleaved")
     return {
         "num_attention_heads": num_heads,
         "num_key_value_heads": max(num_kv_heads) or num_heads,

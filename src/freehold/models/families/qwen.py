@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from freehold.errors import BadFile
 from freehold.models.families import llama
 from freehold.models.families.fields import Fields
 from freehold.models.families.gguf_fields import GgufFields
@@ -22,6 +23,8 @@ def read_config(config: Mapping[str, Any]) -> DecoderSpec:
     fields.require("use_mrope", False)
     fields.ignore(["sliding_window", "max_window_layers"])
     layer_types = fields.optional("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise BadFile("config.json: `layer_types` is wanted as a list")
     for kind in layer_types:
         Fields({"layer_types": kind}, "Qwen 2.5").require("layer_types", "full_attention")
     spec = llama.read_layers(fields, qkv_bias=True, default_theta=1e6)
