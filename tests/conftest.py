@@ -4,22 +4,22 @@ import importlib
 import os
 import pkgutil
 import random
-from datetime import timedelta
 
-import numpy
-import pytest
-import torch
-from hypothesis import HealthCheck, settings
+# Threads that wait should sleep: where another process is busy, spinning ones make these small models ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch, which reads it once
 
-import freehold.ops
-from shapes import check_shapes
+import numpy  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+import freehold.ops  # noqa: E402
+from shapes import check_shapes  # noqa: E402
 
 torch.set_num_threads(2)
 
 SLOW_IS_FINE = [HealthCheck.too_slow]
-settings.register_profile(
-    "ci", max_examples=100, deadline=timedelta(seconds=2), derandomize=True, suppress_health_check=SLOW_IS_FINE
-)
+settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True, suppress_health_check=SLOW_IS_FINE)
 settings.register_profile("nightly", max_examples=20_000, deadline=None, suppress_health_check=SLOW_IS_FINE)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

@@ -11,11 +11,11 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from models.tiny import Config, saved_names
 
 from freehold.checkpoint.rules import stored_tensors
 from freehold.models.decoder import Decoder
 from freehold.models.spec import AttentionSpec, Mamba2Spec, MlpSpec, MoeSpec
+from models.tiny import Config, saved_names
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 Quantization = gguf.GGMLQuantizationType

@@ -2,6 +2,7 @@ import struct
 
 import gguf
 import pytest
+
 from checkpoint.builders import (
     ARRAY,
     BOOL,
@@ -16,7 +17,6 @@ from checkpoint.builders import (
     text,
     write_gguf,
 )
-
 from freehold.checkpoint.gguf import MAX_ARRAY_ELEMENTS, read_header
 from freehold.errors import BadFile, FreeholdError, UnsupportedModel
 

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+
 from checkpoint.builders import STRING, key, raw_gguf, tensor, text
 from checkpoint.gguf_models import Array, Quantization, gguf_metadata, gguf_tensors, quantized, write_gguf_model
-from models.tiny import CONFIGS, LATENT, LLAMA, MTP, NEMOTRON, random_tokens, tiny_decoder
-from models.witness import load_ours, our_logits, witness_logits
-
 from freehold.checkpoint.load import open_described
 from freehold.checkpoint.rules import stored_tensors
 from freehold.errors import BadFile, BadInput, CheckpointMismatch, UnsupportedModel
@@ -20,6 +18,8 @@ from freehold.evaluate.laws import relative_difference
 from freehold.models.families import family_of_config
 from freehold.models.families.llama import PUBLISHED_SCALINGS
 from freehold.models.spec import Llama3Scaling
+from models.tiny import CONFIGS, LATENT, LLAMA, MTP, NEMOTRON, random_tokens, tiny_decoder
+from models.witness import load_ours, our_logits, witness_logits
 
 # A_log goes through exp and log, and the rope divisors through a division: a few units in the last place of float32.
 FLOAT32_TOLERANCE = 5e-6

@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint.builders import entry, raw_safetensors
-from models.tiny import CONFIGS, LLAMA, MTP, NEMOTRON, Config, random_tokens, tiny_decoder
-from models.witness import our_logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from checkpoint.builders import entry, raw_safetensors
 from freehold.checkpoint.load import LoadReport, default_dtype, load_decoder, open_described
 from freehold.checkpoint.save import save_checkpoint
 from freehold.checkpoint.text_side import load_text_side
@@ -23,6 +21,8 @@ from freehold.evaluate.laws import finite_weights
 from freehold.models.decoder import Decoder
 from freehold.models.families import family_of_config
 from inputs import smollm2_gguf
+from models.tiny import CONFIGS, LLAMA, MTP, NEMOTRON, Config, random_tokens, tiny_decoder
+from models.witness import our_logits
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

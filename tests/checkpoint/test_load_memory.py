@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint.builders import entry, raw_safetensors
-from models.tiny import LLAMA, NEMOTRON, Config
 
+from checkpoint.builders import entry, raw_safetensors
 from freehold.checkpoint.rules import stored_tensors
 from freehold.models.decoder import build_decoder
 from freehold.models.families import family_of_config
 from inputs import smollm2_gguf
+from models.tiny import LLAMA, NEMOTRON, Config
 
 MEASURE = """
 import sys, torch

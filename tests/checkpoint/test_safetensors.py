@@ -4,8 +4,8 @@ import re
 import pytest
 import safetensors.torch
 import torch
-from checkpoint.builders import entry, raw_safetensors, safetensors_bytes
 
+from checkpoint.builders import entry, raw_safetensors, safetensors_bytes
 from freehold.checkpoint.safetensors import DTYPES, merge_shards, parse_json_object, read_header, read_index
 from freehold.checkpoint.stored import MAX_HEADER_BYTES
 from freehold.errors import BadFile, UnsupportedModel

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+
 from checkpoint.builders import (
     UINT32,
     entry,
@@ -17,7 +18,6 @@ from checkpoint.builders import (
     write_gguf,
     write_shards,
 )
-
 from freehold.checkpoint.source import open_source
 from freehold.errors import BadFile, BadInput, NotFound, UnsupportedModel
 from inputs import qwen_coder_gguf, smollm2_gguf

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint.builders import key, raw_gguf, raw_safetensors, safetensors_bytes, tensor, text, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoint.builders import key, raw_gguf, raw_safetensors, safetensors_bytes, tensor, text, write_gguf
 from freehold.checkpoint import gguf, safetensors
 from freehold.checkpoint.source import open_source
 from freehold.errors import FreeholdError

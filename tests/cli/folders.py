@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-from models.tiny import LLAMA, NEMOTRON, Config, randomize, tiny_decoder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from freehold.checkpoint.save import save_checkpoint
 from freehold.models.families import family_of_config
+from models.tiny import LLAMA, NEMOTRON, Config, randomize, tiny_decoder
 
 BYTES = {"vocab_size": 256}
 TINY_LLAMA = LLAMA | BYTES

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+
 from checkpoint.builders import STRING, entry, key, raw_gguf, raw_safetensors, text
 from cli.commands import assert_refused, call
 from cli.folders import TINY_LLAMA, change_config, write_folder
@@ -121,9 +122,9 @@ def test_nan_in_weights_is_named_by_check(folder):
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     for options in ([], ["--json"]):
         ended = call("check", folder, *options)
-        assert ended.code == 1
-        assert ended.err.startswith("CheckFailed: ")
-        assert "blocks.3.mixer.up_proj.weight (1)" in ended.out
+        assert ended.code == 2
+        assert ended.err.startswith("BadFile: the weights are damaged")
+        assert "blocks.3.mixer.up_proj.weight (1)" in ended.err
         assert "Traceback" not in ended.err
     findings = json.loads(ended.out)
     assert {finding["law"] for finding in findings if not finding["holds"]} >= {"finite weights", "prefill = decode"}

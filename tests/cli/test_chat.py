@@ -8,9 +8,9 @@ import subprocess
 import time
 
 import pytest
+
 from cli.commands import START_IN_TERMINAL, assert_refused, call, read_until, spawn
 from cli.folders import TINY_LLAMA, write_folder
-
 from inputs import smollm2_gguf
 
 # Between drawing its prompt and waiting for keys, readline keeps a Ctrl-C until the next key.

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from cli.commands import call
 from cli.folders import BYTES, write_folder
 from models.tiny import LATENT, QWEN

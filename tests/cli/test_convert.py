@@ -9,9 +9,9 @@ import time
 import pytest
 import safetensors.torch
 import torch
+
 from cli.commands import call, spawn
 from cli.folders import TEMPLATE, TINY_LLAMA, change_config, write_folder
-
 from inputs import smollm2_gguf
 
 

@@ -4,10 +4,10 @@ import hashlib
 import json
 
 import pytest
+
 from checkpoint.builders import write_gguf
 from cli.commands import assert_refused, call
 from cli.folders import write_folder
-
 from freehold.checkpoint.fetch import catalogue
 
 

@@ -5,17 +5,17 @@ import time
 
 import pytest
 import torch
+
 from checkpoint.builders import entry, raw_safetensors
 from cli.commands import call
 from cli.folders import change_config, write_folder
-from models.published import LLAMAS, NANO
-from models.tiny import LATENT
-
 from freehold.checkpoint.rules import stored_tensors
 from freehold.cli.machine import main_memory
 from freehold.models.decoder import build_decoder
 from freehold.models.families import family_of_config
 from inputs import smollm2_gguf
+from models.published import LLAMAS, NANO
+from models.tiny import LATENT
 
 
 def look(*arguments):

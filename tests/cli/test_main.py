@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import typer
-from cli.commands import call, spawn
 
 import freehold
+from cli.commands import START, call, spawn
 from freehold.cli import main as main_module
 from freehold.cli.main import app
 from freehold.cli.reference import render
@@ -52,6 +52,14 @@ def test_a_reader_that_leaves_is_no_error_worth_words():
     with spawn("fetch", stdout=write_end, stderr=subprocess.PIPE) as process:
         os.close(write_end)
         assert process.communicate()[1] == ""
+
+
+def test_a_terminal_without_unicode_gets_question_marks(tmp_path):
+    folder = tmp_path / "Modelle für alle"
+    environment = {**os.environ, "FREEHOLD_MODELS": str(folder), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", START, "fetch"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Modelle f?r alle" in done.stdout
 
 
 def test_a_bug_is_not_dressed_up_as_a_users_mistake(monkeypatch):

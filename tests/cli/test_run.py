@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+
 from cli.commands import call
 from cli.folders import TINY_LLAMA, write_folder, write_nemotron
-
 from freehold.text.tokenizer import Tokenizer
 from inputs import qwen_coder_gguf, smollm2_gguf
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from models.published import NANO, SUPER, ULTRA
-from models.tiny import CONFIGS, MTP, tiny_decoder, tiny_spec
 
 from freehold.engine.plan import RESERVED_BYTES, Need, contexts_up_to, count_parts, need_of
 from freehold.models.layout import Capacity
+from models.published import NANO, SUPER, ULTRA
+from models.tiny import CONFIGS, MTP, tiny_decoder, tiny_spec
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import sys
 import zipfile
 
 import torch
-from cli.commands import call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cli.commands import call
 from freehold.checkpoint.fetch import catalogue
 from inputs import smollm2_gguf
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models.tiny import CONFIGS, LLAMA, MTP, NEMOTRON, QWEN, saved_names, tiny_decoder
 
 from freehold.checkpoint.load import load_decoder, open_described
 from freehold.checkpoint.rules import stored_tensors
@@ -18,6 +17,7 @@ from freehold.models.layout import Layout
 from freehold.models.names import SAME, Rule, Transform
 from freehold.ops.native import kernels
 from freehold.ops.norm import rms_norm_reference
+from models.tiny import CONFIGS, LLAMA, MTP, NEMOTRON, QWEN, saved_names, tiny_decoder
 
 DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.bfloat16, id="bfloat16")]
 FAMILIES = {"llama": LLAMA, "qwen": QWEN, "nemotron": NEMOTRON, "nemotron-mtp": MTP}

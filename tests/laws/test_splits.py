@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from models.tiny import LLAMA, MTP, NEMOTRON, QWEN, random_tokens, tiny_decoder
 
 from freehold.evaluate.laws import Trace, relative_difference, trace
 from freehold.models.layout import Layout
 from freehold.ops.ssm import CHUNK_LENGTH
+from models.tiny import LLAMA, MTP, NEMOTRON, QWEN, random_tokens, tiny_decoder
 
 # Sums in another order, over at most six blocks of float32: measured 2e-6 at most.
 FLOAT32_TOLERANCE = 1e-5

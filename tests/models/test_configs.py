@@ -1,12 +1,12 @@
 """What a config may say: unknown keys, kinds and values are refused by name; spellings of one thing are the same."""
 
 import pytest
-from models.tiny import CONFIGS, LATENT, LLAMA, LLAMA3_SCALING, MTP, NEMOTRON, QWEN, YARN_SCALING, tiny_spec
 
 from freehold.errors import BadFile, BadInput, UnsupportedModel
 from freehold.models.families import FAMILIES, family_of_config, family_of_gguf
 from freehold.models.families.fields import NEUTRAL_KEYS
 from freehold.models.spec import Llama3Scaling, RopeSpec, YarnScaling
+from models.tiny import CONFIGS, LATENT, LLAMA, LLAMA3_SCALING, MTP, NEMOTRON, QWEN, YARN_SCALING, tiny_spec
 
 FAMILY_CONFIGS = {"llama": LLAMA, "qwen": QWEN, "nemotron": NEMOTRON}
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from models.tiny import CONFIGS, LLAMA, NEMOTRON, QWEN, random_tokens, tiny_decoder
 from torch.nn.functional import cross_entropy
 
 from freehold.evaluate.laws import relative_difference
 from freehold.models.layout import Layout
+from models.tiny import CONFIGS, LLAMA, NEMOTRON, QWEN, random_tokens, tiny_decoder
 
 LENGTH = 12
 ALL = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

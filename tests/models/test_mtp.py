@@ -8,8 +8,6 @@ No other implementation can be asked: transformers leaves the module out. What i
 
 import pytest
 import torch
-from models.tiny import MTP, random_tokens, tiny_decoder
-from models.witness import load_ours
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import NemotronHConfig
@@ -20,6 +18,8 @@ from freehold.checkpoint.save import save_checkpoint
 from freehold.evaluate.laws import relative_difference
 from freehold.models.families import family_of_config
 from freehold.models.layout import Layout
+from models.tiny import MTP, random_tokens, tiny_decoder
+from models.witness import load_ours
 
 # float32, sums in another order over two blocks; 5e-7 at most.
 TOLERANCE = 2e-6

@@ -4,6 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+from freehold.checkpoint.rules import stored_tensors
+from freehold.models.decoder import build_decoder
+from freehold.models.families import family_of_config
+from freehold.models.layout import kv_bytes_per_token, recurrent_bytes_per_sequence
+from freehold.models.spec import AttentionSpec, DecoderSpec, Llama3Scaling, block_pattern
 from models.published import (
     LIGHTNING,
     LLAMAS,
@@ -18,12 +24,6 @@ from models.published import (
     Config,
     listed,
 )
-
-from freehold.checkpoint.rules import stored_tensors
-from freehold.models.decoder import build_decoder
-from freehold.models.families import family_of_config
-from freehold.models.layout import kv_bytes_per_token, recurrent_bytes_per_sequence
-from freehold.models.spec import AttentionSpec, DecoderSpec, Llama3Scaling, block_pattern
 
 # The spelling of transformers since 5.13.
 TRANSFORMERS_KINDS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}

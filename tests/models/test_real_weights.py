@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models.witness import load_ours, our_logits, witness_logits
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -14,6 +13,7 @@ from freehold.models.decoder import Decoder
 from freehold.models.families import FAMILIES
 from freehold.models.layout import Capacity, Layout
 from inputs import qwen_coder_gguf, smollm2_gguf
+from models.witness import load_ours, our_logits, witness_logits
 
 # Largest difference of any logit, the logits being up to 36. Measured 0: on one version of torch both run the same
 # products. Another version may sum in another order.

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from models.tiny import CONFIGS, MTP, random_tokens, saved_names, tiny_decoder
-from models.witness import load_ours, load_witness, our_logits, save_witness, witness_logits, witness_model
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
@@ -12,6 +10,8 @@ from freehold.evaluate.laws import relative_difference
 from freehold.models.families import family_of_config
 from freehold.models.layout import Layout
 from freehold.models.spec import MoeSpec
+from models.tiny import CONFIGS, MTP, random_tokens, saved_names, tiny_decoder
+from models.witness import load_ours, load_witness, our_logits, save_witness, witness_logits, witness_model
 
 # Relative length of the difference of all logits. float32: sums in another order over five blocks; 5e-7 at most.
 FLOAT32_TOLERANCE = 5e-6

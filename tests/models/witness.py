@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import transformers
-from models.tiny import randomize
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -24,6 +23,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mi
 from freehold.checkpoint.load import load_decoder, open_described
 from freehold.models.decoder import Decoder
 from freehold.models.layout import Layout
+from models.tiny import randomize
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # it warns of YaRN factors that are not the ratio of two lengths

@@ -5,10 +5,10 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text.conversations import CLOCK, WEATHER
 
 from freehold.text.answer import AnswerParser, ReasoningPiece, TextPiece, join_pieces, parse_answer
 from freehold.text.dialect import LLAMA, NEMOTRON, QWEN
+from text.conversations import CLOCK, WEATHER
 
 TOOLS = [WEATHER, CLOCK]
 DIALECTS = {dialect.name: dialect for dialect in (NEMOTRON, QWEN, LLAMA)}

@@ -4,11 +4,11 @@ import json
 from datetime import datetime
 
 import pytest
-from text.conversations import ASK, CALL, CLOCK, RICH_CALL, WEATHER
-from text.witnesses import Case, rendered, rendered_by_witness
 
 from freehold.errors import BadRequest, BadTemplate
 from freehold.text.chat import ChatTemplate
+from text.conversations import ASK, CALL, CLOCK, RICH_CALL, WEATHER
+from text.witnesses import Case, rendered, rendered_by_witness
 
 SNIPPETS = {
     "json keeps characters": "{{ tools | tojson }}|{{ tools | tojson(indent=2) }}|{{ tools | tojson | safe }}",

@@ -1,9 +1,9 @@
 """The dialect of a model follows its family, and its template where that says more."""
 
 import pytest
-from text.witnesses import template_of
 
 from freehold.text.dialect import LLAMA, NEMOTRON, QWEN, dialect_for
+from text.witnesses import template_of
 
 
 @pytest.mark.parametrize(("family", "dialect"), [("nemotron", NEMOTRON), ("qwen", QWEN), ("llama", LLAMA)])

@@ -5,13 +5,13 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text.hard_strings import HARD_STRINGS
-from text.test_gguf_vocabulary import METADATA
-from text.witnesses import tokenizer_of
 
 from freehold.errors import BadRequest
 from freehold.text.stream import Detokenizer, StopStrings, held_length
 from freehold.text.tokenizer import Tokenizer
+from text.hard_strings import HARD_STRINGS
+from text.test_gguf_vocabulary import METADATA
+from text.witnesses import tokenizer_of
 
 TINY = Tokenizer.from_gguf(METADATA)
 

@@ -5,13 +5,13 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text.hard_strings import HARD_STRINGS
-from text.witnesses import tokenizer_of, witness_of
 from transformers import AutoTokenizer
 
 from freehold.errors import BadFile, BadRequest, NotFound, UnsupportedModel
 from freehold.text.tokenizer import Tokenizer
 from inputs import llama3_tokenizer_dir, qwen_tokenizer_dir
+from text.hard_strings import HARD_STRINGS
+from text.witnesses import tokenizer_of, witness_of
 
 REAL = ("smollm", "qwen", "llama")
 

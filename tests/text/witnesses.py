@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from text.conversations import CALLED, CLOCK, PARALLEL, PLAIN, REASONED, WEATHER
 from tokenizers import Tokenizer as Core
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -18,6 +17,7 @@ from freehold.checkpoint.source import open_source
 from freehold.text.chat import ChatTemplate
 from freehold.text.tokenizer import Tokenizer
 from inputs import llama3_tokenizer_dir, qwen_coder_gguf, qwen_tokenizer_dir, smollm2_gguf
+from text.conversations import CALLED, CLOCK, PARALLEL, PLAIN, REASONED, WEATHER
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 RENDERINGS = GOLDEN / "renderings.json"

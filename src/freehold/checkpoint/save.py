@@ -4,6 +4,7 @@ A checkpoint is written beside its final place and renamed when it is whole, so 
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -53,7 +55,7 @@ def save_checkpoint(
 @contextmanager
 def _new_folder(folder: Path, num_bytes: int) -> Iterator[Path]:
     """Make a folder that comes into being with its content, or not at all."""
-    if folder.exists():
+    if os.path.lexists(folder):  # a link to nowhere, too
         raise BadInput(f"{folder.name} exists already", hint="name a folder that does not")
     if not folder.parent.is_dir():
         raise BadInput(f"there is no folder {folder.parent} to put {folder.name} into")
@@ -88,7 +90,11 @@ def _write_shards(folder: Path, decoder: Decoder, names: TensorNames, max_shard_
     plan = _plan_shards(sizes, max_shard_bytes)
     total, done = sum(sizes.values()), 0
     for shard, tensors in _shards(decoder, names, plan):
-        save_file(tensors, folder / shard, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / shard, metadata={"format": "pt"})
+        except SafetensorError as error:  # how the library says that the system refused a write
+            raise BadInput(f"{shard} cannot be written: {error}", hint="is the disk full?") from None
+        (folder / shard).chmod(0o644)  # the library makes it for its owner alone
         done += sum(tensor.nbytes for tensor in tensors.values())
         progress(done, total)
     if len(set(plan.values())) > 1:

@@ -10,7 +10,7 @@ from freehold.cli import options
 from freehold.cli.loading import load_model
 from freehold.cli.progress import steps_bar
 from freehold.cli.terminal import show_json, show_line, show_table
-from freehold.errors import CheckFailed
+from freehold.errors import BadFile, CheckFailed
 
 if TYPE_CHECKING:
     from freehold.evaluate.laws import Finding
@@ -28,7 +28,7 @@ def check(
 
     No weight is NaN, prefill equals decode, a sequence gives the same in any company, saving and loading changes
     nothing, kernels equal their references. Each is shown with the difference that was measured and how much of it is
-    tolerated. The exit code is 1 where a law does not hold.
+    tolerated. The exit code is 1 where a law does not hold, 2 where weights are NaN or infinite.
 
     Examples:
 
@@ -47,6 +47,9 @@ def check(
         show_json([_plain(finding) for finding in findings])
     else:
         _show(findings)
+    weights = next(finding for finding in findings if finding.law == "finite weights")
+    if not weights.holds:  # the file is at fault, not this machine
+        raise BadFile(f"the weights are damaged: {weights.detail}", hint="fetch or convert them again")
     if failed := [finding for finding in findings if not finding.holds]:
         what = "1 law does" if len(failed) == 1 else f"{len(failed)} laws do"
         details = "; ".join(f"{finding.law}: {finding.detail}" for finding in failed)

@@ -7,6 +7,7 @@ their functions; that is the one reason for such imports in this folder.
 import signal
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Annotated, NoReturn
 
 import typer
@@ -61,4 +62,6 @@ def freehold_command(
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))  # so that half-written files go
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows a question mark, not a traceback
     sys.exit(exit_code_of(lambda: app(arguments, prog_name="freehold", standalone_mode=False)))

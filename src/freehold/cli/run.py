@@ -91,7 +91,7 @@ def show_pieces(pieces: Iterator["Piece"]) -> None:
 
 def note_cut(usage: "Usage", max_tokens: int | None) -> None:
     """Say on stderr where an answer did not end by itself."""
-    if usage.completion_tokens and usage.finish_reason == "length":
+    if usage.finish_reason == "length":
         limit = "--max-tokens" if usage.completion_tokens == max_tokens else "the model's context is full"
         show_note(f"[cut after {usage.completion_tokens} tokens: {limit}]")
 

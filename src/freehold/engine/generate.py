@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from freehold.engine.request import SamplingParams
-from freehold.errors import BadRequest
+from freehold.errors import BadInput, BadRequest
 from freehold.models.decoder import Decoder
 from freehold.models.layout import Capacity, Layout, PagedKV, State
 from freehold.ops.sampling import penalize, sample, uniform_draw
@@ -71,7 +71,8 @@ def generate(
     """Yield the ids that follow the prompt, up to a stop id (yielded as the last), `max_tokens` or the context's end.
 
     num_ids: how many ids the tokenizer has; a vocabulary padded beyond them is not drawn from.
-    Raises: BadRequest for a prompt that is empty, holds unknown ids, or leaves no room in the context.
+    Raises: BadRequest for a prompt that is empty, holds unknown ids, or leaves no room in the context; BadInput where
+        the weights are broken, so that logits are no numbers.
     """
     check_prompt(decoder, prompt, room_tokens=1)
     stops = {*stop_ids, *sampling.stop_ids}
@@ -108,6 +109,8 @@ def check_prompt(decoder: Decoder, prompt: Sequence[int], *, room_tokens: int) -
 
 @torch.inference_mode()
 def _draw(logits_V: Tensor, prompt: Sequence[int], answer: Sequence[int], sampling: SamplingParams) -> int:
+    if logits_V.isnan().any():
+        raise BadInput("the model computed no number", hint="`freehold check` names weights that are NaN or infinite")
     if sampling.penalizes:
         written = torch.tensor(answer, dtype=torch.int64, device=logits_V.device)
         seen = [token for token in {*prompt, *answer} if token < len(logits_V)]

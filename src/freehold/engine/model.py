@@ -24,7 +24,7 @@ from freehold.settings import Settings
 from freehold.text.answer import AnswerParser, Piece, ToolCallPiece, join_pieces
 from freehold.text.stream import Detokenizer, StopStrings
 from freehold.text.tokenizer import Tokenizer
-from freehold.trust.identity import Identity, digest_files
+from freehold.trust.identity import Identity, digest_config, digest_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,6 +80,7 @@ class Model:
         """Digests of what decides this model's answers; reads the weight files once more."""
         return Identity(
             weights=digest_files(self._files),
+            config=digest_config(self.described.config),
             tokenizer=self.text.tokenizer.digest if self.text.tokenizer else None,
             template=self.text.template.digest if self.text.template else None,
             dtype=str(self.decoder.dtype).removeprefix("torch."),

@@ -11,7 +11,7 @@ def causal_conv(x_LC: Tensor, tail_YC: Tensor, weight_CW: Tensor, bias_C: Tensor
         out[l] = silu(bias + sum over w of weight[w] * x[l - (W-1) + w]),  x before the sequence taken from the tail
 
     Shapes: x [L, C]; tail [W-1, C], zeros at the start of a sequence; weight [C, W], its last tap on the current token.
-    Precision: float32 inside, one rounding at the end, so that any split of a sequence gives the same bits.
+    Precision: float32 inside, one rounding at the end.
     Paper: Gu and Dao, 2023, arXiv 2312.00752, section 3.4.
     """
     rows_LC = torch.cat((tail_YC, x_LC))

@@ -84,6 +84,9 @@ class Sandbox:
         except _Ended:
             code = child.wait()
             reply = {"budget": DEATHS[code]} if code in DEATHS else {"broken": f"its process ended with {code}"}
+        except BaseException:  # Ctrl-C: the reply that was not read must not be taken for the next one
+            self._end()
+            raise
         if reply.get("budget") in ("time", "memory") or child.poll() is not None:
             self._end()
         return reply

@@ -162,6 +162,8 @@ def _moe_spec(fields: Fields, norm_eps: float) -> MoeSpec:
         scale=fields.number("routed_scaling_factor", 1.0),
     )
     _check_divides("n_group", spec.num_groups, "n_routed_experts", spec.num_experts)
+    if spec.num_experts < 2 * spec.num_groups:
+        raise BadFile(f"config.json: `n_group` is {spec.num_groups} for {spec.num_experts} experts, 2 in each at least")
     if spec.num_chosen_groups > spec.num_groups:
         raise BadFile(f"config.json: `topk_group` is {spec.num_chosen_groups} of {spec.num_groups} groups")
     eligible = spec.num_experts // spec.num_groups * spec.num_chosen_groups
