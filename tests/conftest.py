@@ -8,13 +8,13 @@ import random
 # Threads that wait should sleep: where another process is busy, spinning ones make these small models ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch, which reads it once
 
-import numpy  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
+import numpy
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
 
-import freehold.ops  # noqa: E402
-from shapes import check_shapes  # noqa: E402
+import freehold.ops
+from shapes import check_shapes
 
 torch.set_num_threads(2)
 

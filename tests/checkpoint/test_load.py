@@ -240,15 +240,22 @@ def test_computed_tables_of_old_files_are_left_out_and_named(tmp_path):
     assert loaded(folder)[1].notes == ("`model.layers.0.self_attn.rotary_emb.inv_freq` holds no weight: ignored",)
 
 
-opened: list[str] = []
-sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
+opened: list[str] | None = None  # what is opened, while somebody wants to know
 
 
-def test_code_beside_the_weights_is_named_and_never_opened(tmp_path):
+def note_opened(event: str, arguments: tuple[Any, ...]) -> None:
+    if opened is not None and event == "open":
+        opened.append(str(arguments[0]))
+
+
+sys.addaudithook(note_opened)
+
+
+def test_code_beside_the_weights_is_named_and_never_opened(tmp_path, monkeypatch):
     folder = saved(tmp_path / "m", LLAMA)
     change_config(folder, auto_map={"AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM"})
     (folder / "modeling_tiny.py").write_text("raise SystemExit('code of the checkpoint has run')")
-    opened.clear()
+    monkeypatch.setattr(sys.modules[__name__], "opened", [])
     source, described = open_described(folder)
     with source:
         load_text_side(source, described)
