@@ -13,6 +13,7 @@ from freehold.engine.generate import Continuation, check_prompt, generate
 from freehold.engine.request import SamplingParams
 from freehold.errors import BadInput, BadRequest
 from freehold.models.decoder import Decoder
+from freehold.ops.sampling import uniform_draw
 from models.tiny import CONFIGS, LATENT, LLAMA, MTP, NEMOTRON, random_tokens, tiny_decoder
 from models.witness import our_logits
 
@@ -126,6 +127,14 @@ def test_two_answers_in_turn_are_those_that_come_alone():
     ]
 
 
+def test_a_draw_depends_on_the_seed_and_on_its_place_in_the_answer():
+    decoder = ScriptedDecoder(say=lambda logits_V: logits_V.zero_())
+    vocab_size = decoder.spec.vocab_size
+    for prompt in (PROMPT, PROMPT[:2]):
+        expected = [int(uniform_draw(7, index) * vocab_size) for index in range(20)]
+        assert drawn(decoder, seed=7, prompt=prompt) == expected
+
+
 def test_seeds_differ_and_greedy_ignores_them():
     decoder = tiny_decoder(LLAMA)
     assert len({tuple(drawn(decoder, seed=seed)) for seed in range(-5, 15)}) == 20
@@ -212,6 +221,15 @@ def test_penalties_are_those_of_their_formulas(penalty):
     found = answer(decoder, max_tokens=16, **sampling)
     assert found == penalized(decoder, 16, **penalty)
     assert found != answer(decoder, max_tokens=16)
+
+
+def test_repetition_concerns_what_the_answer_has_said_too():
+    def say(logits_V: Tensor) -> None:
+        logits_V[6] = 40.0  # beside 50 for 5
+
+    decoder = ScriptedDecoder([5], say=say)
+    assert answer(decoder, [1], repetition_penalty=1.5, max_tokens=3) == [5, 6, 5]
+    assert answer(decoder, [5], repetition_penalty=1.5, max_tokens=3) == [6, 5, 5]
 
 
 def prefers_padding(logits_V: Tensor) -> None:
