@@ -3,8 +3,7 @@
     python bench/engines.py ENGINE MODEL.gguf DTYPE NUM_THREADS
 
 Then one command a line on standard input: `prefill N` reads N tokens, `decode N` writes N tokens after a prompt of 32,
-`first` loads nothing more and answers a short prompt's first token, `memory` reports the peak. Each answer is one JSON
-line on standard output: the seconds, or the bytes.
+`memory` reports the peak. Each answer is one JSON line on standard output: the seconds, or the bytes.
 """
 
 import json

@@ -171,9 +171,9 @@ def broken_rule(decoder: Decoder, parameter: str, transform: Transform) -> Findi
 @pytest.mark.parametrize(
     "transform",
     [
-        pytest.param(Transform(name="rounds", load=torch.Tensor.float, save=torch.Tensor.bfloat16), id="rounds"),
-        pytest.param(Transform(name="flips", load=lambda t: t.flip(0), save=lambda t: t), id="reorders"),
-        pytest.param(Transform(name="casts", load=torch.Tensor.double, save=lambda t: t), id="changes-dtype"),
+        pytest.param(Transform(load=torch.Tensor.float, save=torch.Tensor.bfloat16), id="rounds"),
+        pytest.param(Transform(load=lambda t: t.flip(0), save=lambda t: t), id="reorders"),
+        pytest.param(Transform(load=torch.Tensor.double, save=lambda t: t), id="changes-dtype"),
     ],
 )
 def test_a_rule_that_is_no_way_back_breaks_the_round_trip(transform):

@@ -1,4 +1,4 @@
-"""The published models: their config.json as small dicts, and the tensors and elements of their bfloat16 checkpoints.
+"""The published models: their sizes as a small config.json each, and the tensors and elements of their bfloat16 files.
 
 Figures that were not published are None. The bfloat16 files of a model with MTP may come with and without the module.
 """

@@ -6,6 +6,7 @@ from freehold.errors import BadFile, BadInput, UnsupportedModel
 from freehold.models.families import FAMILIES, family_of_config, family_of_gguf
 from freehold.models.families.fields import NEUTRAL_KEYS
 from freehold.models.spec import Llama3Scaling, RopeSpec, YarnScaling
+from freehold.ops.rope import yarn_attention_factor
 from models.tiny import CONFIGS, LATENT, LLAMA, LLAMA3_SCALING, MTP, NEMOTRON, QWEN, YARN_SCALING, tiny_spec
 
 FAMILY_CONFIGS = {"llama": LLAMA, "qwen": QWEN, "nemotron": NEMOTRON}
@@ -98,7 +99,7 @@ def test_an_unknown_rope_type_is_refused_by_name(key, kind):
         tiny_spec(LLAMA | {key: {"rope_type": kind, "factor": 2.0}})
 
 
-@pytest.mark.parametrize("extra", [{"mscale": 1.0}, {"attention_factor": 2.0}, {"truncate": False}])
+@pytest.mark.parametrize("extra", [{"mscale": 1.0}, {"truncate": False}])
 def test_a_rope_setting_that_is_not_implemented_is_refused_by_name(extra):
     with pytest.raises(UnsupportedModel, match=f"`{next(iter(extra))}`"):
         tiny_spec(LLAMA | {"rope_scaling": YARN_SCALING | extra})
@@ -112,7 +113,11 @@ def test_a_rope_setting_that_is_not_implemented_is_refused_by_name(extra):
             Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32),
             id="llama3",
         ),
-        pytest.param(YARN_SCALING, YarnScaling(factor=4.0, original_max_positions=64), id="yarn"),
+        pytest.param(
+            YARN_SCALING,
+            YarnScaling(factor=4.0, original_max_positions=64, attention_factor=yarn_attention_factor(4.0)),
+            id="yarn",
+        ),
         pytest.param({"rope_type": "default"}, None, id="default"),
     ],
 )
@@ -224,3 +229,28 @@ def test_numbers_that_do_not_fit_each_other_are_a_bad_file(key, change):
 def test_a_latent_size_that_is_no_positive_integer_is_a_bad_file(value):
     with pytest.raises(BadFile, match="moe_latent_size"):
         tiny_spec(LATENT | {"moe_latent_size": value})
+
+
+def test_an_attention_factor_of_yarn_is_taken_as_it_is_given():
+    spec = tiny_spec(LLAMA | {"rope_scaling": YARN_SCALING | {"attention_factor": 1.0}})
+    assert spec.blocks[0].rope.scaling.attention_factor == 1.0
+
+
+def test_two_spellings_of_rope_that_disagree_are_refused():
+    with pytest.raises(BadFile, match="disagree"):
+        tiny_spec(LLAMA | {"rope_scaling": LLAMA3_SCALING, "rope_parameters": {"rope_type": "default"}})
+
+
+def test_the_keys_that_smollm2_and_nemotron_h_8b_are_published_with_are_read():
+    smollm2 = {"transformers.js_config": {}, "rope_interleaved": False, "is_llama_config": True, "rope_scaling": None}
+    assert tiny_spec(LLAMA | smollm2) == tiny_spec(LLAMA)
+    head_dim, eps = NEMOTRON["head_dim"], NEMOTRON.get("layer_norm_epsilon", 1e-5)
+    early = {key: value for key, value in NEMOTRON.items() if key != "head_dim"}
+    assert tiny_spec(early | {"attention_head_dim": head_dim, "rms_norm_eps": eps}) == tiny_spec(NEMOTRON)
+    with pytest.raises(UnsupportedModel, match="rms_norm_eps"):
+        tiny_spec(NEMOTRON | {"rms_norm_eps": 0.25})
+
+
+def test_quantized_weights_are_refused_for_what_they_are():
+    with pytest.raises(UnsupportedModel, match="the weights are quantized"):
+        family_of_config(LLAMA | {"quantization_config": {"quant_method": "fp8"}})

@@ -75,7 +75,8 @@ def test_yarn_frequencies_and_factor_are_those_of_the_witness(head_dim, theta, f
         head_dim, rope_type="yarn", rope_theta=theta, original_max_position_embeddings=original, **betas
     )
     expected, expected_factor = ROPE_INIT_FUNCTIONS["yarn"](config)
-    scaling = YarnScaling(original_max_positions=original, **betas)
+    attention = yarn_attention_factor(factor)
+    scaling = YarnScaling(original_max_positions=original, attention_factor=attention, **betas)
     found, attention_factor = rope_table_frequencies(RopeSpec(theta=theta, scaling=scaling), head_dim)
     torch.testing.assert_close(found, expected, rtol=RTOL, atol=0)
     assert attention_factor == pytest.approx(expected_factor)

@@ -9,7 +9,7 @@ from freehold.models.layout import Layout, PagedKV
 from freehold.models.linear import Linear
 from freehold.models.spec import AttentionSpec, Llama3Scaling, RopeSpec, YarnScaling
 from freehold.ops.attention import attention, attention_paged, write_pages
-from freehold.ops.rope import llama3_frequencies, rope_frequencies, rotate, yarn_attention_factor, yarn_frequencies
+from freehold.ops.rope import llama3_frequencies, rope_frequencies, rotate, yarn_frequencies
 
 MIN_TABLE_POSITIONS = 2048
 
@@ -88,4 +88,4 @@ def rope_table_frequencies(rope: RopeSpec, head_dim: int) -> tuple[Tensor, float
                 beta_slow=scaling.beta_slow,
                 original_max_positions=scaling.original_max_positions,
             )
-            return frequencies, yarn_attention_factor(scaling.factor)
+            return frequencies, scaling.attention_factor

@@ -36,7 +36,8 @@ class Block(nn.Module):
 
     def forward(self, hidden_TD: Tensor, layout: Layout, state: State) -> Tensor:
         """Return the block's output [T, D]. Mutates: `state`."""
-        return hidden_TD + self.mixer(self.norm(hidden_TD), layout, state)
+        mixed_TD = self.mixer(self.norm(hidden_TD), layout, state)
+        return hidden_TD + mixed_TD if mixed_TD.requires_grad else mixed_TD.add_(hidden_TD)
 
 
 def build_mixer(spec: BlockSpec, width: int) -> Mixer:

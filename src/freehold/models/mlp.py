@@ -19,7 +19,10 @@ class GatedMlp(nn.Module):
 
     def forward(self, hidden_TD: Tensor, layout: Layout, state: None) -> Tensor:
         """Return the mixed tokens [T, D]; each token on its own."""
-        return self.down_proj(silu(self.gate_proj(hidden_TD)) * self.up_proj(hidden_TD))
+        gate_TF, up_TF = self.gate_proj(hidden_TD), self.up_proj(hidden_TD)
+        if gate_TF.requires_grad:
+            return self.down_proj(silu(gate_TF) * up_TF)
+        return self.down_proj(silu(gate_TF, inplace=True).mul_(up_TF))  # fresh memory costs more than the arithmetic
 
 
 class SquaredReluMlp(nn.Module):
@@ -32,7 +35,10 @@ class SquaredReluMlp(nn.Module):
 
     def forward(self, hidden_TD: Tensor, layout: Layout, state: None) -> Tensor:
         """Return the mixed tokens [T, D]; each token on its own."""
-        return self.down_proj(relu(self.up_proj(hidden_TD)).square())
+        up_TF = self.up_proj(hidden_TD)
+        if up_TF.requires_grad:
+            return self.down_proj(relu(up_TF).square())
+        return self.down_proj(up_TF.relu_().square_())
 
 
 def build_mlp(spec: MlpSpec, width: int) -> GatedMlp | SquaredReluMlp:

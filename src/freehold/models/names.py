@@ -15,12 +15,11 @@ from freehold.models.spec import DecoderSpec
 class Transform:
     """What turns a stored tensor into a parameter, and back; both also run on meta tensors, for the shapes."""
 
-    name: str
     load: Callable[[Tensor], Tensor]
     save: Callable[[Tensor], Tensor]
 
 
-SAME = Transform(name="same", load=lambda stored: stored, save=lambda parameter: parameter)
+SAME = Transform(load=lambda stored: stored, save=lambda parameter: parameter)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,6 @@ def rename(pairs: dict[str, str]) -> list[Rule]:
 def reshaped(*, ours: tuple[int, ...], stored: tuple[int, ...]) -> Transform:
     """Return the transform between two shapes of the same elements in the same order."""
     return Transform(
-        name=f"reshape {list(stored)} to {list(ours)}",
         load=lambda tensor: tensor.reshape(ours),
         save=lambda parameter: parameter.reshape(stored),
     )
@@ -86,7 +84,7 @@ def interleaved_heads(num_heads: int) -> Transform:
         halves = parameter.unflatten(0, (num_heads, 2, -1))
         return halves.transpose(1, 2).flatten(0, 2)
 
-    return Transform(name=f"interleave {num_heads} heads", load=load, save=save)
+    return Transform(load=load, save=save)
 
 
 @dataclass(frozen=True, kw_only=True)

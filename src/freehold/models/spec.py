@@ -21,10 +21,14 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """YaRN (Peng et al., 2023, arXiv 2309.00071, sections 3.2 to 3.4), static: applied at every length."""
+    """YaRN (Peng et al., 2023, arXiv 2309.00071, sections 3.2 to 3.4), static: applied at every length.
+
+    attention_factor: what cosine and sine are multiplied by.
+    """
 
     factor: float
     original_max_positions: int
+    attention_factor: float
     beta_fast: float = 32.0
     beta_slow: float = 1.0
 

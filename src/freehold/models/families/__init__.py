@@ -65,6 +65,11 @@ FAMILIES = (
 def family_of_config(config: Mapping[str, Any]) -> Family:
     """Return the family of a config.json, by its `model_type`."""
     model_type = config.get("model_type")
+    if config.get("quantization_config"):
+        raise UnsupportedModel(
+            "config.json: the weights are quantized (`quantization_config`), in a layout that is not read yet",
+            hint="take the BF16 files of this model, or a GGUF file",
+        )
     for family in FAMILIES:
         if family.model_type == model_type:
             return family

@@ -5,14 +5,16 @@ from typing import Any
 
 from freehold.errors import BadFile, UnsupportedModel
 from freehold.models.spec import Llama3Scaling, RopeSpec, YarnScaling
+from freehold.ops.rope import yarn_attention_factor
 
 # Keys that every family's config may hold and that no result of a forward depends on.
 NEUTRAL_KEYS = frozenset(
     """
-    _name_or_path architectures auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id id2label
-    initializer_range is_encoder_decoder label2id model_type output_attentions output_hidden_states pad_token_id
-    problem_type return_dict tokenizer_class torch_dtype transformers_version use_cache attention_dropout
-    hidden_dropout freehold
+    _attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout attn_implementation
+    auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id hidden_dropout id2label initializer_range
+    is_encoder_decoder label2id model_type neftune_noise_alpha output_attentions output_hidden_states pad_token_id
+    problem_type return_dict tokenizer_class torch_dtype transformers.js_config transformers_version unsloth_fixed
+    unsloth_version use_cache
     """.split()
 )
 
@@ -79,7 +81,7 @@ class Fields:
         if self._left:
             names = ", ".join(f"`{key}`" for key in sorted(self._left))
             raise UnsupportedModel(
-                f"{self._where} has {len(self._left)} keys that Freehold's {self._family} does not know: {names}",
+                f"{self._where} has keys that Freehold's {self._family} does not know: {names}",
                 hint="if a key changes no result, it belongs in the family's list of neutral keys",
             )
 
@@ -95,8 +97,10 @@ class Fields:
 def read_rope(fields: Fields, *, default_theta: float, max_positions: int) -> RopeSpec:
     """Return the RoPE of a config in either spelling: `rope_parameters`, or `rope_theta` with `rope_scaling`."""
     theta = fields.number("rope_theta", default_theta)
-    scaling = fields.optional("rope_scaling") or {}
-    parameters = fields.optional("rope_parameters") or scaling
+    old, new = fields.optional("rope_scaling"), fields.optional("rope_parameters")
+    if old and new and old != new:
+        raise BadFile("config.json: `rope_scaling` and `rope_parameters` disagree", hint="keep the one that is right")
+    parameters = new or old or {}
     if not isinstance(parameters, Mapping):
         raise BadFile(f"config.json: RoPE parameters are {type(parameters).__name__}, wanted an object")
     rope = Fields(parameters, "RoPE")
@@ -109,30 +113,30 @@ def read_rope(fields: Fields, *, default_theta: float, max_positions: int) -> Ro
         case "default":
             spec = RopeSpec(theta=theta)
         case "llama3":
-            scaling = Llama3Scaling(
+            llama3 = Llama3Scaling(
                 factor=rope.number("factor"),
                 low_freq_factor=rope.number("low_freq_factor"),
                 high_freq_factor=rope.number("high_freq_factor"),
                 original_max_positions=rope.integer("original_max_position_embeddings"),
             )
-            if scaling.high_freq_factor <= scaling.low_freq_factor or scaling.factor == 0:
+            if llama3.high_freq_factor <= llama3.low_freq_factor or llama3.factor == 0:
                 raise BadFile("config.json: llama3 RoPE needs low_freq_factor < high_freq_factor and a factor above 0")
-            spec = RopeSpec(theta=theta, scaling=scaling)
+            spec = RopeSpec(theta=theta, scaling=llama3)
         case "yarn":
-            scaling = YarnScaling(
-                factor=rope.number("factor"),
+            if (factor := rope.number("factor")) < 1:
+                raise BadFile(f"config.json: a YaRN factor of {factor}, wanted at least 1")
+            yarn = YarnScaling(
+                factor=factor,
                 original_max_positions=rope.integer("original_max_position_embeddings", max_positions),
                 beta_fast=rope.number("beta_fast", 32.0),
                 beta_slow=rope.number("beta_slow", 1.0),
+                attention_factor=rope.number("attention_factor", yarn_attention_factor(factor)),
             )
-            if scaling.factor < 1:
-                raise BadFile(f"config.json: a YaRN factor of {scaling.factor}, wanted at least 1")
-            spec = RopeSpec(theta=theta, scaling=scaling)
+            spec = RopeSpec(theta=theta, scaling=yarn)
         case unknown:
             raise UnsupportedModel(
                 f"config.json: RoPE type {unknown!r} is not implemented", hint="known types: default, llama3, yarn"
             )
-    rope.require("attention_factor", 1.0)
     rope.require("truncate", True)
     rope.finish()
     return spec

@@ -53,7 +53,8 @@ def read_config(config: Mapping[str, Any]) -> DecoderSpec:
     fields.require("mlp_hidden_act", "relu2")
     fields.require("sliding_window", None)
     width, norm_eps = fields.integer("hidden_size"), fields.number("layer_norm_epsilon", 1e-5)
-    fields.require("norm_eps", norm_eps)
+    for key in ("norm_eps", "rms_norm_eps"):  # other names that some configs carry beside the first
+        fields.require(key, norm_eps)
     fields.require("n_shared_experts", 1)
     kinds = _layer_kinds(fields, "hybrid_override_pattern", "layers_block_type")
     num_mtp = fields.count("num_nextn_predict_layers")

@@ -17,7 +17,6 @@ from freehold.models.spec import AttentionSpec, BlockSpec, DecoderSpec, Mamba2Sp
 
 # GGUF keeps A itself; we keep its logarithm, as the checkpoints do.
 LOG_OF_NEGATIVE = Transform(
-    name="A_log = log(-A)",
     load=lambda stored: torch.log(-stored.flatten()),
     save=lambda parameter: -torch.exp(parameter).unsqueeze(1),
 )
