@@ -3,6 +3,7 @@
 Its Nemotron-H clamps the step size dt from below in prefill, against the published configs; `free_dt` undoes that.
 """
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ CLASSES = {
 def witness_model(config: dict[str, Any], *, seed: int = 0) -> PreTrainedModel:
     """Return a random model of transformers in float32, made from a config.json, without a clamp of dt."""
     make_config, make_model = CLASSES[config["model_type"]]
-    model = make_model(make_config(**{key: value for key, value in config.items() if key != "model_type"})).eval()
+    taken = deepcopy({key: value for key, value in config.items() if key != "model_type"})  # it writes into RoPE dicts
+    model = make_model(make_config(**taken)).eval()
     _tie(model)
     randomize(model, seed=seed)
     return free_dt(model).requires_grad_(False)
