@@ -232,3 +232,10 @@ def test_the_command_line_is_documented_as_it_is():
     from freehold.cli.reference import render
 
     assert (ROOT / "docs" / "cli.md").read_text() == render(), "python -m freehold.cli.reference > docs/cli.md"
+
+
+def test_every_link_in_the_docs_leads_somewhere():
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text())]
+    assert links
+    assert [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()] == []
