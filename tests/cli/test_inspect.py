@@ -10,7 +10,7 @@ from checkpoint.builders import entry, raw_safetensors
 from cli.commands import call
 from cli.folders import change_config, write_folder
 from freehold.checkpoint.rules import stored_tensors
-from freehold.cli.machine import main_memory
+from freehold.engine.machine import main_memory
 from freehold.models.decoder import build_decoder
 from freehold.models.families import family_of_config
 from inputs import smollm2_gguf

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from freehold.checkpoint.rules import MOST_MISSING, Match, Matches, match_tensors
 from freehold.checkpoint.source import Source, StoredTensor, open_source
-from freehold.errors import BadFile, CheckpointMismatch
+from freehold.errors import BadFile, BadRequest, CheckpointMismatch
 from freehold.models.decoder import Decoder, build_decoder
 from freehold.models.families import Family, GgufFields, family_of_config, family_of_gguf
 from freehold.models.names import SAME, TensorNames
@@ -115,14 +115,22 @@ def _stores_mtp(source: Source) -> bool:
     return any(name.startswith("mtp.") or ".nextn." in name for name in source.tensors)
 
 
+def plain_dtype(described: Described) -> torch.dtype | None:
+    """Return the dtype that the embeddings are stored in, None where any weight is quantized."""
+    formats = {tensor.format for match in described.matches.matches for tensor in match.stored}
+    if not formats <= DTYPE_OF_FORMAT.keys():
+        return None
+    embeddings = next(match for match in described.matches.matches if match.name == "embeddings.weight")
+    return DTYPE_OF_FORMAT[embeddings.stored[0].format]
+
+
 def default_dtype(described: Described, device: torch.device) -> torch.dtype:
     """Return the dtype a model loads in when none is asked for.
 
-    The stored one, if the weights are plain; for quantized weights the one that keeps their values exactly on a CPU
+    The stored one, if all weights are plain; for quantized weights the one that keeps their values exactly on a CPU
     (float32), and bfloat16 elsewhere. float16 becomes float32 on a CPU, where it has no fast arithmetic.
     """
-    embeddings = next(m for m in described.matches.matches if m.name == "embeddings.weight")
-    stored = DTYPE_OF_FORMAT.get(embeddings.stored[0].format)
+    stored = plain_dtype(described)
     if device.type == "cpu":
         return torch.bfloat16 if stored is torch.bfloat16 else torch.float32
     return stored or torch.bfloat16
@@ -139,6 +147,7 @@ def load_decoder(
     """Return the decoder of a described source, weights mapped where format, dtype and device allow.
 
     Memory: the weights in `dtype`, plus scratch for one tensor that a rule reshapes, at most.
+    Raises: BadRequest where float16 cannot hold a value.
     """
     decoder = build_decoder(described.spec, dtype=dtype)
     parameters = dict(decoder.named_parameters())
@@ -148,11 +157,13 @@ def load_decoder(
     formats: dict[str, int] = {}
     for match in described.matches.matches:
         wanted = parameters[match.name].dtype
-        value = _map(source, match, wanted) if device.type == "cpu" else None
-        if value is not None:
+        if device.type == "cpu" and _is_mappable(match, wanted):
+            value = _map(source, match, wanted)
             mapped += value.nbytes
         else:
             value = _convert(source, match, wanted).to(device)
+            if wanted is torch.float16 and not value.isfinite().all():
+                raise BadRequest(f"{match.name} has values that float16 cannot hold", hint="use bfloat16 or float32")
             copied += value.nbytes
         _assign(decoder, match.name, value)
         for tensor in match.stored:
@@ -166,12 +177,27 @@ def load_decoder(
     )
 
 
-def _map(source: Source, match: Match, dtype: torch.dtype) -> Tensor | None:
-    """Return the parameter as a view of the file, None where it needs any change."""
+def copied_bytes(described: Described, *, dtype: torch.dtype, device: torch.device) -> int:
+    """Return the bytes of memory that loading takes for weights that cannot stay in their file."""
+    parameters = dict(build_decoder(described.spec, dtype=dtype).named_parameters())
+    copied = [
+        parameters[match.name]
+        for match in described.matches.matches
+        if device.type != "cpu" or not _is_mappable(match, parameters[match.name].dtype)
+    ]
+    return sum(parameter.nbytes for parameter in copied)
+
+
+def _is_mappable(match: Match, dtype: torch.dtype) -> bool:
+    """Return whether a parameter needs no change of what is stored."""
     tensor = match.stored[0]
     is_same = len(match.stored) == 1 and not match.rule.is_stack and match.rule.transform is SAME
-    if not is_same or DTYPE_OF_FORMAT.get(tensor.format) is not dtype or tensor.offset % dtype.itemsize:
-        return None
+    return is_same and DTYPE_OF_FORMAT.get(tensor.format) is dtype and tensor.offset % dtype.itemsize == 0
+
+
+def _map(source: Source, match: Match, dtype: torch.dtype) -> Tensor:
+    """Return the parameter as a view of the file."""
+    tensor = match.stored[0]
     return source.bytes_of(tensor.name).view(dtype).view(tensor.shape)
 
 

@@ -72,10 +72,10 @@ def chat(
     if sys.stdin.isatty():
         show_note(f"{model}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     for line in typed_lines():
-        if line == "/exit":
+        if line.strip() == "/exit":
             return
         if line.startswith("/"):
-            obey(conversation, line)
+            obey(conversation, line.rstrip())
         elif line.strip():
             answer(loaded, conversation, line.strip(), sampling)
 
@@ -141,6 +141,8 @@ def obey(conversation: Conversation, line: str) -> None:
                 show_note(f"saved to {argument}")
             except BadInput as error:
                 show_error(type(error).__name__, error.message, error.hint)
+        case "/save":
+            show_error("BadRequest", "/save wants the name of a file", "/save talk.json")
         case "/help":
             show_note(COMMANDS)
         case _:
@@ -153,10 +155,10 @@ def answer(loaded: "Model", conversation: Conversation, question: str, sampling:
 
     conversation.turns.append({"role": "user", "content": question})
     usage, is_stopped = Usage(), False
-    pieces = loaded.chat_stream(conversation.messages, sampling=sampling, usage=usage)
     heard: list[Piece] = []
     writer = AnswerWriter()
     try:
+        pieces = loaded.chat_stream(conversation.messages, sampling=sampling, usage=usage)
         for piece in after_waiting("Reading the conversation", pieces):
             heard.append(piece)
             writer.show(piece)

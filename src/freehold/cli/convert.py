@@ -1,5 +1,6 @@
 """`freehold convert`: any checkpoint that Freehold reads becomes a Hugging Face folder of safetensors."""
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,14 +13,14 @@ from freehold.cli.numbers import bytes_text
 from freehold.cli.options import DTYPE_NAMES, Dtype
 from freehold.cli.progress import bytes_bar, waiting
 from freehold.cli.terminal import show_json, show_line
-from freehold.errors import BadInput, BadRequest
+from freehold.errors import BadInput
 from freehold.settings import Settings
 
 if TYPE_CHECKING:
     from freehold.checkpoint.load import Described
     from freehold.models.decoder import Decoder
 
-PLAIN_FORMATS: dict[str, Dtype] = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
+PLAIN_FORMATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def convert(
@@ -51,8 +52,6 @@ def convert(
     _check_is_free(dest)
     chosen = dtype or _kept_dtype(path)
     loaded = load_model(source, device="cpu", dtype=chosen, threads=None)
-    if chosen == "f16":
-        _check_range(loaded.decoder)
     from freehold.checkpoint.save import save_checkpoint
     from freehold.trust.identity import digest_files
 
@@ -67,7 +66,7 @@ def convert(
         )
     with waiting("Taking digests"):
         sha256 = {file.name: digest_files([file]) for file in sorted(dest.iterdir())}
-    changes = [_change(stored, count, chosen) for stored, count in sorted(loaded.report.formats.items())]
+    changes = _changes(loaded.described, loaded.decoder)
     if as_json:
         notes = list(loaded.report.notes)
         show_json({"folder": str(dest), "dtype": chosen, "changes": changes, "notes": notes, "sha256": sha256})
@@ -91,34 +90,30 @@ def _check_is_free(dest: Path) -> None:
 def _kept_dtype(path: Path) -> Dtype:
     """Return the dtype that loses nothing: the stored one, or float32."""
     with waiting("Starting"):
-        from freehold.checkpoint.load import open_described
+        from freehold.checkpoint.load import open_described, plain_dtype
     source, described = open_described(path)
     source.close()
-    return _stored_dtype(described) or "f32"
+    stored = str(plain_dtype(described)).removeprefix("torch.")
+    return next((short for short, name in DTYPE_NAMES.items() if name == stored), "f32")
 
 
-def _stored_dtype(described: "Described") -> Dtype | None:
-    """Return what the embeddings are stored in, None where any weight is quantized."""
-    formats = {tensor.format for match in described.matches.matches for tensor in match.stored}
-    if not formats <= PLAIN_FORMATS.keys():
-        return None
-    embeddings = next(match for match in described.matches.matches if match.name == "embeddings.weight")
-    return PLAIN_FORMATS[embeddings.stored[0].format]
+def _changes(described: "Described", decoder: "Decoder") -> list[str]:
+    """Return what became of the tensors, a line for each storage format and the dtype it is written in."""
+    parameters = dict(decoder.named_parameters())
+    counts = Counter(
+        (tensor.format, str(parameters[match.name].dtype).removeprefix("torch."))
+        for match in described.matches.matches
+        for tensor in match.stored
+    )
+    return [_change(stored, dtype, count) for (stored, dtype), count in sorted(counts.items())]
 
 
-def _check_range(decoder: "Decoder") -> None:
-    """Refuse float16 where a value has become infinite in it, or is no number."""
-    for name, parameter in decoder.named_parameters():
-        if not parameter.isfinite().all():
-            raise BadRequest(f"{name} has values that float16 cannot hold", hint="use --dtype bf16")
-
-
-def _change(stored: str, count: int, dtype: Dtype) -> str:
-    """Return what became of the tensors of one storage format."""
+def _change(stored: str, dtype: str, count: int) -> str:
     tensors = "1 tensor" if count == 1 else f"{count} tensors"
     if PLAIN_FORMATS.get(stored) == dtype:
         return f"{tensors} of {stored}: unchanged"
-    how = "exact" if dtype == "f32" else "rounded once"
+    is_exact = dtype == "float32"
+    how = "exact" if is_exact else "rounded once"
     if stored not in PLAIN_FORMATS:
-        how = "dequantized in float32, " + ("not rounded" if dtype == "f32" else "then rounded once")
-    return f"{tensors} of {stored} to {DTYPE_NAMES[dtype]}: {how}"
+        how = "dequantized in float32, " + ("not rounded" if is_exact else "then rounded once")
+    return f"{tensors} of {stored} to {dtype}: {how}"

@@ -15,7 +15,7 @@ from freehold.settings import Settings
 
 if TYPE_CHECKING:
     from freehold.checkpoint.load import Described
-    from freehold.cli.machine import Memory
+    from freehold.engine.machine import Memory
     from freehold.engine.plan import Need, Part
     from freehold.models.spec import DecoderSpec
 
@@ -43,7 +43,7 @@ def inspect(model: options.ModelName, device: options.Device = "cpu", as_json: o
     with waiting("Starting"):
         from freehold.engine.model import parse_device
     seen = look_into(path)
-    from freehold.cli.machine import memory_of
+    from freehold.engine.machine import memory_of
 
     memory = memory_of(parse_device(device))
     if as_json:

@@ -12,9 +12,17 @@ from torch import Tensor
 
 from freehold import __version__
 from freehold.checkpoint.fetch import find
-from freehold.checkpoint.load import Described, LoadReport, default_dtype, load_decoder, open_described
+from freehold.checkpoint.load import (
+    Described,
+    LoadReport,
+    copied_bytes,
+    default_dtype,
+    load_decoder,
+    open_described,
+)
 from freehold.checkpoint.text_side import TextSide, load_text_side
 from freehold.engine.generate import check_prompt, generate
+from freehold.engine.machine import memory_of
 from freehold.engine.request import SamplingParams
 from freehold.errors import BadInput, BadRequest, UnsupportedModel
 from freehold.models.decoder import Decoder
@@ -105,7 +113,7 @@ class Model:
         sampling: SamplingParams | None = None,
         usage: Usage | None = None,
     ) -> Iterator[str]:
-        """Yield the text that continues a prompt, piece by piece; what is given by name replaces what `sampling` says.
+        """Return the text that continues a prompt, piece by piece; what is given by name replaces what `sampling` says.
 
         Mutates: usage, where it is given.
         """
@@ -124,7 +132,7 @@ class Model:
         switches: Mapping[str, Any] | None = None,
         usage: Usage | None = None,
     ) -> Iterator[Piece]:
-        """Yield the answer to a conversation as pieces of text, reasoning and tool calls.
+        """Return the answer to a conversation, to be read as pieces of text, reasoning and tool calls.
 
         switches: what the model's template offers, such as {"enable_thinking": False}.
         Mutates: usage, where it is given.
@@ -132,9 +140,8 @@ class Model:
         chosen = _chosen(sampling, max_tokens=max_tokens, temperature=temperature, seed=seed)
         prompt = self.render(messages, tools=tools, switches=switches)
         parser = AnswerParser(self.text.dialect, tools=tools, prompt=prompt)
-        for text in self._texts(self.tokenizer.encode(prompt), chosen, usage or Usage()):
-            yield from parser.feed(text)
-        yield from parser.finish()
+        texts = self._texts(self.tokenizer.encode_rendered(prompt), chosen, usage or Usage())
+        return _pieces(parser, texts)
 
     def chat(
         self,
@@ -193,6 +200,12 @@ class Model:
             yield text
 
 
+def _pieces(parser: AnswerParser, texts: Iterator[str]) -> Iterator[Piece]:
+    for text in texts:
+        yield from parser.feed(text)
+    yield from parser.finish()
+
+
 def _chosen(sampling: SamplingParams | None, **given: Any) -> SamplingParams:
     named = {name: value for name, value in given.items() if value is not None}
     return replace(sampling or SamplingParams(), **named)
@@ -208,7 +221,7 @@ def load(
     """Return a model, ready to run.
 
     model: a folder, a .safetensors or .gguf file, or a name of the catalogue that `freehold fetch` has fetched.
-    dtype: "float32" or "bfloat16"; None takes the stored one (`checkpoint.load.default_dtype` has the details).
+    dtype: "float32", "bfloat16" or "float16"; None takes the stored one, see `default_dtype`.
     progress: called with bytes loaded so far and bytes in all.
     Raises: BadInput and its kinds, each with one clear line.
     """
@@ -217,8 +230,19 @@ def load(
         target = parse_device(device)
         text = load_text_side(source, described)
         chosen = parse_dtype(dtype) if dtype else default_dtype(described, target)
+        _check_memory(copied_bytes(described, dtype=chosen, device=target), target)
         decoder, report = load_decoder(source, described, dtype=chosen, device=target, progress=progress)
     return Model(decoder, described, text=text, report=report, files=source.files)
+
+
+def _check_memory(needed: int, device: torch.device) -> None:
+    """Refuse before loading what would end in the system killing this process."""
+    available = memory_of(device).available_bytes
+    if needed > available:
+        raise BadInput(
+            f"the weights need {needed:,} bytes of memory, {available:,} are free on {device}",
+            hint="a smaller dtype takes less; freehold inspect MODEL says what fits",
+        )
 
 
 def parse_device(name: str) -> torch.device:

@@ -14,7 +14,7 @@ from torch import Tensor
 from freehold.models.spec import AttentionSpec, BlockSpec, Mamba2Spec
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
     """How `T` packed tokens divide into `B` sequences; the only description of a batch that a model sees.
 
@@ -165,17 +165,6 @@ def allocate_states(
                 return None
 
     return [allocate(block) for block in blocks]
-
-
-def reset_slot(states: Sequence[State], slot: int) -> None:
-    """Zero the recurrent state of one slot, so that a new sequence may start there.
-
-    Mutates: the `Recurrent` entries of `states`. Pages need no reset: what a sequence has not written, it never reads.
-    """
-    for state in states:
-        if isinstance(state, Recurrent):
-            state.conv_tail[slot].zero_()
-            state.ssm[slot].zero_()
 
 
 def kv_bytes_per_token(blocks: Sequence[BlockSpec], dtype: torch.dtype) -> int:

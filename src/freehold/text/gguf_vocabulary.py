@@ -52,7 +52,7 @@ RULES = {
     "qwen2": SplitRule(pattern=GPT4_SPLIT.format(digits=r"\p{N}"), composes=True),
     "llama-bpe": LLAMA3,
     "llama3": LLAMA3,
-    # A candidate for Nemotron 3, of the same vocabulary size; no published file of it was opened.
+    "pixtral": LLAMA3,  # what published files of Nemotron 3 Nano carry; llama.cpp takes it for llama-bpe
     "tekken": SplitRule(pattern=TEKKEN_SPLIT, whole_tokens_first=True, adds_bos=True),
 }
 

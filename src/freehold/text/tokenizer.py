@@ -19,7 +19,7 @@ from freehold.errors import BadFile, BadRequest, NotFound, UnsupportedModel
 from freehold.text.gguf_vocabulary import read_gguf_vocabulary
 
 # What ends an answer or a message in the families, where no generation_config.json says it.
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>")
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "</s>")
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -96,6 +96,13 @@ class Tokenizer:
         if self.adds_bos and self.bos_id is not None and not text.startswith(self.token_text(self.bos_id)):
             return [self.bos_id, *ids]
         return ids
+
+    def encode_rendered(self, prompt: str) -> list[int]:
+        """Return the ids of what a chat template wrote: special tokens are recognised, and nothing is added.
+
+        The template alone decides on a BOS, as in transformers' apply_chat_template.
+        """
+        return _encode(self._core, prompt)
 
     def encode_plain(self, text: str) -> list[int]:
         """Return the ids of a user's words: nothing in them is a special token, and nothing is added."""

@@ -4,10 +4,8 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,12 +16,10 @@ class Memory:
     available_bytes: int
 
 
-def memory_of(device: "torch.device") -> Memory:
+def memory_of(device: torch.device) -> Memory:
     """Return the memory of a device of this machine."""
     if device.type == "cpu":
         return main_memory()
-    import torch
-
     available, total = torch.cuda.mem_get_info(device)
     return Memory(total_bytes=total, available_bytes=available)
 
