@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,23 @@ def test_quantized_weights_default_to_what_keeps_them_exactly_on_a_cpu():
     source, described = open_described(smollm2_gguf())
     source.close()
     assert (default_dtype(described, CPU), default_dtype(described, CUDA)) == (torch.float32, torch.bfloat16)
+
+
+def test_the_default_is_judged_by_all_weights_and_not_by_the_embeddings(tmp_path):
+    source, described = open_described(smollm2_gguf())
+    source.close()
+    head, *others = described.matches.matches
+    assert head.name == "embeddings.weight"
+    plain = replace(head, stored=tuple(replace(tensor, format="BF16") for tensor in head.stored))
+    mixed = replace(described, matches=replace(described.matches, matches=(plain, *others)))
+    assert default_dtype(mixed, CPU) is torch.float32
+
+
+def test_float16_is_refused_where_a_value_does_not_fit(tmp_path):
+    folder = saved(tmp_path / "m", LLAMA)
+    change_tensors(folder, model__norm__weight=torch.full((LLAMA["hidden_size"],), 1e6))
+    with pytest.raises(BadInput, match=r"norm\.weight has values that float16 cannot hold"):
+        loaded(folder, torch.float16)
 
 
 # What fits almost.

@@ -17,6 +17,7 @@ import freehold
 from checkpoint.gguf_models import write_gguf_model
 from freehold.checkpoint.fetch import fetch
 from freehold.checkpoint.save import save_checkpoint
+from freehold.engine.machine import Memory
 from freehold.engine.model import Model, Usage
 from freehold.engine.request import SamplingParams
 from freehold.errors import BadInput, BadRequest, NotFound, UnsupportedModel
@@ -357,3 +358,11 @@ def test_the_identity_changes_with_each_part_and_with_nothing_else(tmp_path):
         after = identity_with(name, change)
         assert {key for key in before if before[key] != after[key]} == {part}
     assert identity_with("config.json", lambda data: data + b"\n") == before
+
+
+def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_loaded(monkeypatch):
+    monkeypatch.setattr(
+        "freehold.engine.model.memory_of", lambda device: Memory(total_bytes=2**30, available_bytes=10**8)
+    )
+    with pytest.raises(BadInput, match=r"need 537,919,488 bytes of memory, 100,000,000 are free on cpu"):
+        freehold.load(smollm2_gguf())

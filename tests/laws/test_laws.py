@@ -100,7 +100,7 @@ def fails(finding: Finding) -> bool:
 def test_a_convolution_that_forgets_its_tail_breaks_prefill_equals_decode(monkeypatch):
     forgetful = mamba2.causal_conv
     monkeypatch.setattr(
-        mamba2, "causal_conv", lambda x_LC, tail_VC, *rest: forgetful(x_LC, torch.zeros_like(tail_VC), *rest)
+        mamba2, "causal_conv", lambda x_LC, tail_YC, *rest: forgetful(x_LC, torch.zeros_like(tail_YC), *rest)
     )
     assert fails(prefill_equals_decode(tiny_decoder(NEMOTRON), seed=0))
 

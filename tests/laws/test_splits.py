@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from freehold.evaluate.laws import Trace, relative_difference, trace
-from freehold.models.layout import Layout
+from freehold.models.layout import Capacity, Layout, allocate_states
 from freehold.ops.ssm import CHUNK_LENGTH
 from models.tiny import LLAMA, MTP, NEMOTRON, QWEN, random_tokens, tiny_decoder
 
@@ -65,9 +65,9 @@ def test_a_split_around_the_chunks_of_the_scan_changes_nothing(first):
 
 def test_a_sequence_shorter_than_the_convolution_leaves_a_tail_that_begins_with_zeros():
     decoder = tiny_decoder(MAMBA)
-    tail_VC, _ = trace(decoder, random_tokens(2), parts=[2]).states[:2]
-    assert tail_VC[0].count_nonzero() == 0
-    assert tail_VC[1:].count_nonzero(dim=1).tolist() == [tail_VC.shape[1]] * 2
+    tail_YC, _ = trace(decoder, random_tokens(2), parts=[2]).states[:2]
+    assert tail_YC[0].count_nonzero() == 0
+    assert tail_YC[1:].count_nonzero(dim=1).tolist() == [tail_YC.shape[1]] * 2
 
 
 def test_a_batch_of_prefill_and_decode_gives_each_sequence_its_own_values():
@@ -96,8 +96,6 @@ def test_the_mtp_module_gives_the_same_drafts_at_once_and_one_by_one():
 
 
 def mtp_states(decoder, *, num_pages, page_size):
-    from freehold.models.layout import Capacity, allocate_states
-
     capacity = Capacity(num_slots=1, num_pages=num_pages, page_size=page_size)
     return allocate_states(decoder.spec.mtp.blocks, capacity, dtype=decoder.dtype, device="cpu")
 

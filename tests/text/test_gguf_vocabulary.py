@@ -35,7 +35,7 @@ def test_decoding_restores_every_byte():
     assert b"".join(map(tokenizer.token_bytes, range(256))) == bytes(BYTE_OF.values())
 
 
-@pytest.mark.parametrize(("pre", "adds"), [("qwen2", False), ("smollm", False), ("llama-bpe", True), ("tekken", True)])
+@pytest.mark.parametrize(("pre", "adds"), [("qwen2", False), ("smollm", False), ("llama-bpe", True), ("pixtral", True)])
 def test_bos_follows_the_rule_unless_the_file_says(pre, adds):
     assert Tokenizer.from_gguf(_changed(pre=pre)).adds_bos == adds
     assert Tokenizer.from_gguf(_changed(pre=pre, add_bos_token=not adds)).adds_bos != adds
@@ -54,6 +54,7 @@ def test_without_pre_the_rule_is_that_of_gpt2():
         ("smollm", ["I", "'m", " ", "1", "2", "3", "4", " ", " helloWorld", ".\n"]),
         ("qwen2", ["I", "'m", " ", "1", "2", "3", "4", " ", " helloWorld", ".\n"]),
         ("llama-bpe", ["I", "'m", " ", "123", "4", " ", " helloWorld", ".\n"]),
+        ("pixtral", ["I", "'m", " ", "123", "4", " ", " helloWorld", ".\n"]),
         ("tekken", ["I", "'m", " ", "1", "2", "3", "4", " ", " hello", "World", ".\n"]),
     ],
 )

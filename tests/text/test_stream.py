@@ -16,8 +16,8 @@ from text.witnesses import tokenizer_of
 TINY = Tokenizer.from_gguf(METADATA)
 
 
-def _streamed(tokenizer, ids, **options):
-    stream = Detokenizer(tokenizer, **options)
+def _streamed(tokenizer, ids):
+    stream = Detokenizer(tokenizer)
     pieces = [*map(stream.add, ids), stream.finish()]
     return pieces
 
@@ -35,10 +35,6 @@ def test_no_piece_of_valid_text_is_half_a_character(family):
         pieces = _streamed(tokenizer, tokenizer.encode_plain(text))
         assert not any("\ufffd" in piece for piece in pieces)
         assert "".join(pieces) == tokenizer.decode(tokenizer.encode_plain(text))
-
-
-def test_skipped_ids_leave_nothing():
-    assert "".join(_streamed(TINY, TINY.encode("ab<|im_end|><tag>"), skip=TINY.stop_ids)) == "ab<tag>"
 
 
 def test_text_that_ends_inside_a_character_says_so_at_the_end():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from freehold.errors import BadFile, BadRequest, NotFound, UnsupportedModel
+from freehold.text.chat import ChatTemplate
 from freehold.text.tokenizer import Tokenizer
 from inputs import llama3_tokenizer_dir, qwen_tokenizer_dir
 from text.hard_strings import HARD_STRINGS
@@ -80,6 +81,32 @@ def test_bos_is_added_once():
     assert tokenizer.encode("hi")[0] == tokenizer.bos_id
     assert tokenizer.encode("<|begin_of_text|>hi") == tokenizer.encode("hi")
     assert tokenizer.bos_id not in tokenizer.encode_plain("hi")
+
+
+def test_a_rendered_prompt_has_the_bos_of_its_template_alone():
+    tokenizer = tokenizer_of("llama")
+    assert tokenizer.encode_rendered("hi") == tokenizer.encode_plain("hi")
+    assert tokenizer.encode_rendered("<|begin_of_text|>hi") == tokenizer.encode("hi")
+
+
+def test_rendered_prompts_of_a_template_without_bos_have_the_ids_of_transformers(tmp_path):
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"id": 3, "content": "<s>", **special}, {"id": 4, "content": "</s>", **special}]
+    writes_bos = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [3], "tokens": ["<s>"]}},
+    }
+    template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "chat_template": template}
+    _write(tmp_path, tokenizer=TINY | {"added_tokens": added, "post_processor": writes_bos}, tokenizer_config=config)
+    messages = [{"role": "user", "content": "ab"}]
+    witness = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, tokenize=True, return_dict=False)
+    tokenizer = Tokenizer.from_files(tmp_path)
+    assert tokenizer.encode_rendered(ChatTemplate(template).render(messages)) == witness == [2, 4]
+    assert tokenizer.encode("ab")[0] == tokenizer.bos_id
+    assert 4 in tokenizer.stop_ids
 
 
 def test_stop_ids_are_eos_and_the_ends_of_turns():

@@ -59,12 +59,9 @@ class AnswerParser:
     text, with its marks. The line ends between reasoning, text and calls are dropped, nothing else is.
     """
 
-    def __init__(
-        self, dialect: Dialect, *, tools: Sequence[Mapping[str, Any]] = (), prompt: str = "", call_id: str = "call"
-    ) -> None:
+    def __init__(self, dialect: Dialect, *, tools: Sequence[Mapping[str, Any]] = (), prompt: str = "") -> None:
         self._dialect = dialect
         self._schemas = schemas_by_name(tools)
-        self._call_id = call_id
         self._num_calls = 0
         self._mode = self._in_reasoning if dialect.is_reasoning_after(prompt) else self._at_start
         self._held = ""
@@ -154,7 +151,7 @@ class AnswerParser:
         if call is None:
             self._show(TextPiece, self._call_head + body + close, pieces)
         else:
-            call_id = f"{self._call_id}_{self._num_calls}"
+            call_id = f"call_{self._num_calls}"
             pieces.append(ToolCallPiece(id=call_id, name=call.name, arguments=call.arguments))
             self._num_calls += 1
         self._is_fresh = call is not None
@@ -176,10 +173,9 @@ def parse_answer(
     *,
     tools: Sequence[Mapping[str, Any]] = (),
     prompt: str = "",
-    call_id: str = "call",
 ) -> Answer:
     """Return a whole answer, split. The prompt tells whether the answer begins inside the reasoning."""
-    parser = AnswerParser(dialect, tools=tools, prompt=prompt, call_id=call_id)
+    parser = AnswerParser(dialect, tools=tools, prompt=prompt)
     return join_pieces([*parser.feed(text), *parser.finish()])
 
 

@@ -4,26 +4,25 @@ What comes out, joined, is what comes out of the whole text at once. What the te
 """
 
 import codecs
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from freehold.errors import BadRequest
 from freehold.text.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """Turns ids into text, one at a time. The joined text is `decode` of all ids that are not skipped.
+    """Turns ids into text, one at a time. The joined text is `decode` of all ids.
 
     The last bytes of a character that is not complete yet are kept back, so no piece ends inside one.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip: Collection[int] = frozenset()) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._skip = frozenset(skip)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token_id: int) -> str:
         """Return the text that this id completes, often that of the id itself, sometimes none."""
-        return "" if token_id in self._skip else self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
     def finish(self) -> str:
         """Return U+FFFD if the ids ended inside a character, else nothing."""
