@@ -42,7 +42,7 @@ WITHOUT_TORCH = (
 )
 # Run as a program (python -m pip), not imported.
 RUN_NOT_IMPORTED = {"pip"}
-HOST_WORDS = re.compile(r"index[-_]url|find[-_]links|trusted-host|/opt/|/root/|/work/")
+HOST_WORDS = re.compile(r"index[-_]url|find[-_]links|trusted-host|/(?:opt|root|work)/")
 
 
 @cache
