@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoint.builders import entry, raw_safetensors
-from freehold.checkpoint.load import LoadReport, default_dtype, load_decoder, open_described
+from freehold.checkpoint.load import LoadReport, default_dtype, load_decoder, open_described, plain_dtype
 from freehold.checkpoint.save import save_checkpoint
 from freehold.checkpoint.text_side import load_text_side
 from freehold.errors import BadFile, BadInput, CheckpointMismatch, NotFound, UnsupportedModel
@@ -202,6 +202,17 @@ def test_the_default_is_judged_by_all_weights_and_not_by_the_embeddings(tmp_path
     plain = replace(head, stored=tuple(replace(tensor, format="BF16") for tensor in head.stored))
     mixed = replace(described, matches=replace(described.matches, matches=(plain, *others)))
     assert default_dtype(mixed, CPU) is torch.float32
+
+
+def test_mixed_plain_weights_default_to_the_dtype_of_most_values_and_routers_do_not_count(tmp_path):
+    folder = saved(tmp_path / "m", NEMOTRON, dtype=torch.bfloat16)
+    tensors = load_file(folder / "model.safetensors")
+    change_tensors(folder, **{name: t.float() for name, t in tensors.items() if t.ndim == 1})
+    for expected in (torch.bfloat16, torch.float32):
+        source, described = open_described(folder)
+        source.close()
+        assert plain_dtype(described) is expected
+        change_tensors(folder, **{name: t.float() for name, t in tensors.items() if "embed" not in name})
 
 
 def test_float16_is_refused_where_a_value_does_not_fit(tmp_path):

@@ -1,5 +1,6 @@
 """`freehold chat`: a conversation through pipes and through a terminal, stopped answers, and its commands."""
 
+import io
 import json
 import os
 import pty
@@ -11,6 +12,9 @@ import pytest
 
 from cli.commands import START_IN_TERMINAL, assert_refused, call, read_until, spawn
 from cli.folders import TINY_LLAMA, write_folder
+from freehold.cli.chat import _piped_lines
+from freehold.cli.run import _read_stdin
+from freehold.errors import BadRequest
 from inputs import smollm2_gguf
 
 # Between drawing its prompt and waiting for keys, readline keeps a Ctrl-C until the next key.
@@ -88,6 +92,21 @@ def test_a_message_that_does_not_fit_is_withdrawn_and_the_next_is_answered(folde
     assert "cut after 0" not in ended.err
     assert "[2 tokens, " in ended.err
     assert [m["content"] for m in json.loads(saved.read_text())["messages"]][:1] == ["hi"]
+
+
+def test_a_space_after_exit_still_leaves_and_save_wants_a_name(folder):
+    ended = call("chat", folder, "--max-tokens", 2, stdin="/save\n/save \n/exit \nnever read\n")
+    assert (ended.code, ended.out) == (0, "")
+    assert ended.err.count("BadRequest: /save wants the name of a file") == 2
+
+
+@pytest.mark.parametrize("read", [_piped_lines, _read_stdin], ids=["chat", "run"])
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_input_that_is_not_utf_8_is_one_clear_line(read, errors, monkeypatch):
+    """With surrogateescape, as Python reads stdin in the C locale."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors))
+    with pytest.raises(BadRequest, match="standard input is not UTF-8 text"):
+        list(read())
 
 
 def test_a_model_without_template_cannot_chat(tmp_path):

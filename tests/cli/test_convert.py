@@ -10,9 +10,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from cli.commands import call, spawn
-from cli.folders import TEMPLATE, TINY_LLAMA, change_config, write_folder
+from cli.commands import assert_refused, call, spawn
+from cli.folders import BYTES, TEMPLATE, TINY_LLAMA, change_config, write_folder
+from freehold.engine.machine import Memory
 from inputs import smollm2_gguf
+from models.tiny import NEMOTRON
 
 
 @pytest.fixture
@@ -50,6 +52,32 @@ def test_plain_weights_stay_in_their_dtype_where_none_is_asked_for(folder, tmp_p
     ended = call("convert", tmp_path / "half", tmp_path / "again")
     assert "21 tensors of F16: unchanged" in ended.out
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "again").values()} == {torch.float16}
+
+
+def test_what_stays_float32_is_not_counted_as_rounded(tmp_path):
+    folder = write_folder(tmp_path / "model", NEMOTRON | BYTES)
+    told = json.loads(call("convert", folder, tmp_path / "half", "--dtype", "bf16", "--json").out)
+    kept = {name for name, tensor in tensors_of(tmp_path / "half").items() if tensor.dtype == torch.float32}
+    rounded = tensors_of(folder).keys() - kept
+    assert any(name.endswith("A_log") for name in kept)
+    assert told["changes"] == [
+        f"{len(rounded)} tensors of F32 to bfloat16: rounded once",
+        f"{len(kept)} tensors of F32: unchanged",
+    ]
+    told = json.loads(call("convert", tmp_path / "half", tmp_path / "again", "--dtype", "f32", "--json").out)
+    assert told["changes"] == [
+        f"{len(rounded)} tensors of BF16 to float32: exact",
+        f"{len(kept)} tensors of F32: unchanged",
+    ]
+
+
+def test_a_conversion_that_memory_cannot_hold_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("freehold.engine.machine.main_memory", lambda: Memory(total_bytes=2000, available_bytes=1000))
+    assert call("convert", folder, tmp_path / "copy").code == 0  # used in place, copies nothing
+    ended = call("convert", folder, tmp_path / "half", "--dtype", "bf16")
+    assert_refused(ended, "BadInput")
+    assert "1,000 are free on cpu" in ended.err
+    assert not (tmp_path / "half").exists()
 
 
 def test_what_was_left_out_is_named(tmp_path):

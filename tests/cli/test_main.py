@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 import freehold
@@ -15,6 +16,7 @@ from cli.commands import START, call, spawn
 from freehold.cli import main as main_module
 from freehold.cli.main import app
 from freehold.cli.reference import render
+from freehold.cli.report import exit_code_of
 
 ROOT = Path(__file__).parent.parent.parent
 HELP_SECONDS = 0.4
@@ -69,6 +71,25 @@ def test_a_bug_is_not_dressed_up_as_a_users_mistake(monkeypatch):
     monkeypatch.setattr(main_module, "show_line", broken)
     with pytest.raises(AssertionError, match="a bug"):
         main_module.main(["--version"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=["gpu", "cpu", "python"],
+)
+def test_a_memory_that_is_too_small_is_one_line(error, capsys):
+    def fail() -> None:
+        raise error
+
+    assert exit_code_of(fail) == 2
+    line, hint = capsys.readouterr().err.splitlines()
+    assert line.startswith("OutOfMemory: ")
+    assert "smaller dtype" in hint
 
 
 def test_the_reference_is_the_same_in_every_terminal(monkeypatch):

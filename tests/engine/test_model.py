@@ -319,10 +319,12 @@ def test_a_streamed_chat_joins_to_the_whole_one(model):
     assert asdict(usage) | timeless == asdict(whole.usage) | timeless
 
 
-def test_a_chat_of_wrong_form_is_refused(model):
+def test_a_chat_of_wrong_form_is_refused_before_it_is_read(model):
     for messages in ([], [{"role": "user"}], [{"content": "x"}], "hello"):
         with pytest.raises(BadRequest):
-            model.chat(messages)
+            model.chat_stream(messages)
+    with pytest.raises(BadRequest, match="max_tokens is"):
+        model.chat_stream(HELLO, max_tokens=0)
 
 
 # Which model it was.

@@ -1,5 +1,7 @@
 """A checkpoint becomes a decoder: headers first, then the spec, then the match, then the bytes."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freehold.checkpoint.dtypes import DTYPE_OF_FORMAT
 from freehold.checkpoint.rules import MOST_MISSING, Match, Matches, match_tensors
 from freehold.checkpoint.source import Source, StoredTensor, open_source
-from freehold.errors import BadFile, BadRequest, CheckpointMismatch
+from freehold.errors import BadFile, BadInput, BadRequest, CheckpointMismatch
 from freehold.models.decoder import Decoder, build_decoder
 from freehold.models.families import Family, GgufFields, family_of_config, family_of_gguf
 from freehold.models.names import SAME, TensorNames
@@ -19,8 +22,6 @@ from freehold.quantize.gguf_blocks import BLOCKS, dequantize
 
 # A file's pages are released after so many bytes, so that reading a tensor keeps little of the file in memory.
 READ_BYTES = 4 << 20
-
-DTYPE_OF_FORMAT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes in all
 
@@ -48,11 +49,12 @@ class Described:
 class LoadReport:
     """What loading did: where bytes went, and what was left out and why.
 
-    formats: number of stored tensors by format. mapped_bytes: weights used in place in the file. copied_bytes: weights
-    that were converted or moved into memory of their own.
+    tensors: number of stored tensors by storage format and the dtype of the parameter that they became.
+    mapped_bytes: weights used in place in the file. copied_bytes: weights that were converted or moved into memory of
+    their own.
     """
 
-    formats: Mapping[str, int]
+    tensors: Mapping[tuple[str, torch.dtype], int]
     mapped_bytes: int
     copied_bytes: int
     notes: tuple[str, ...]
@@ -116,12 +118,17 @@ def _stores_mtp(source: Source) -> bool:
 
 
 def plain_dtype(described: Described) -> torch.dtype | None:
-    """Return the dtype that the embeddings are stored in, None where any weight is quantized."""
-    formats = {tensor.format for match in described.matches.matches for tensor in match.stored}
-    if not formats <= DTYPE_OF_FORMAT.keys():
-        return None
-    embeddings = next(match for match in described.matches.matches if match.name == "embeddings.weight")
-    return DTYPE_OF_FORMAT[embeddings.stored[0].format]
+    """Return the dtype that most of a model's values are stored in, None where any of them is quantized.
+
+    Most, for GGUF files keep norms in F32 beside matrices of BF16. Parameters that are float32 in every model, such as
+    a router's, say nothing.
+    """
+    num_values: Counter[torch.dtype | None] = Counter()
+    for match in described.matches.matches:
+        if not hasattr(match.parameter, "stays_float32"):
+            for tensor in match.stored:
+                num_values[DTYPE_OF_FORMAT.get(tensor.format)] += math.prod(tensor.shape)
+    return None if None in num_values else max(num_values, key=num_values.__getitem__)
 
 
 def default_dtype(described: Described, device: torch.device) -> torch.dtype:
@@ -142,57 +149,69 @@ def load_decoder(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    memory_bytes: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> tuple[Decoder, LoadReport]:
     """Return the decoder of a described source, weights mapped where format, dtype and device allow.
 
     Memory: the weights in `dtype`, plus scratch for one tensor that a rule reshapes, at most.
-    Raises: BadRequest where float16 cannot hold a value.
+    memory_bytes: what the weights that cannot be mapped may take; None does not ask.
+    Raises: BadInput where they take more, before any is read; BadRequest where float16 cannot hold a value.
     """
     decoder = build_decoder(described.spec, dtype=dtype)
     parameters = dict(decoder.named_parameters())
+    if memory_bytes is not None:
+        _check_room(described, parameters, device=device, memory_bytes=memory_bytes)
     mapped = copied = 0
     total = sum(parameter.nbytes for parameter in parameters.values())
     progress(0, total)
-    formats: dict[str, int] = {}
+    tensors: Counter[tuple[str, torch.dtype]] = Counter()
     for match in described.matches.matches:
         wanted = parameters[match.name].dtype
-        if device.type == "cpu" and _is_mappable(match, wanted):
+        if _is_mappable(match, wanted, device):
             value = _map(source, match, wanted)
             mapped += value.nbytes
         else:
             value = _convert(source, match, wanted).to(device)
-            if wanted is torch.float16 and not value.isfinite().all():
-                raise BadRequest(f"{match.name} has values that float16 cannot hold", hint="use bfloat16 or float32")
             copied += value.nbytes
         _assign(decoder, match.name, value)
-        for tensor in match.stored:
-            formats[tensor.format] = formats.get(tensor.format, 0) + 1
+        tensors.update((tensor.format, wanted) for tensor in match.stored)
         progress(mapped + copied, total)
     decoder.tie_embeddings()
     if described.matches.repeated_head:
         _check_repeated_head(source, described.names)
     return decoder.requires_grad_(False), LoadReport(
-        formats=formats, mapped_bytes=mapped, copied_bytes=copied, notes=described.notes
+        tensors=tensors, mapped_bytes=mapped, copied_bytes=copied, notes=described.notes
     )
 
 
-def copied_bytes(described: Described, *, dtype: torch.dtype, device: torch.device) -> int:
-    """Return the bytes of memory that loading takes for weights that cannot stay in their file."""
-    parameters = dict(build_decoder(described.spec, dtype=dtype).named_parameters())
-    copied = [
+def _check_room(
+    described: Described,
+    parameters: Mapping[str, Tensor],
+    *,
+    device: torch.device,
+    memory_bytes: int,
+) -> None:
+    """Refuse what would end in the system killing this process."""
+    copied = (
         parameters[match.name]
         for match in described.matches.matches
-        if device.type != "cpu" or not _is_mappable(match, parameters[match.name].dtype)
-    ]
-    return sum(parameter.nbytes for parameter in copied)
+        if not _is_mappable(match, parameters[match.name].dtype, device)
+    )
+    needed = sum(parameter.nbytes for parameter in copied)
+    if needed > memory_bytes:
+        raise BadInput(
+            f"the weights need {needed:,} bytes of memory, {memory_bytes:,} are free on {device}",
+            hint="a smaller dtype takes less; `freehold inspect` says what fits",
+        )
 
 
-def _is_mappable(match: Match, dtype: torch.dtype) -> bool:
-    """Return whether a parameter needs no change of what is stored."""
+def _is_mappable(match: Match, dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether a parameter can be used as it lies in the file."""
     tensor = match.stored[0]
     is_same = len(match.stored) == 1 and not match.rule.is_stack and match.rule.transform is SAME
-    return is_same and DTYPE_OF_FORMAT.get(tensor.format) is dtype and tensor.offset % dtype.itemsize == 0
+    is_stored_so = DTYPE_OF_FORMAT.get(tensor.format) is dtype and tensor.offset % dtype.itemsize == 0
+    return device.type == "cpu" and is_same and is_stored_so
 
 
 def _map(source: Source, match: Match, dtype: torch.dtype) -> Tensor:
@@ -206,7 +225,9 @@ def _convert(source: Source, match: Match, dtype: torch.dtype) -> Tensor:
     if match.rule.transform is not SAME:
         assert not match.rule.is_stack, "no family transforms the parts of a stack"
         stored = read_tensor(source, match.stored[0].name, torch.float32)
-        return match.rule.transform.load(stored).to(dtype).contiguous()
+        value = match.rule.transform.load(stored).to(dtype).contiguous()
+        _check_range(match.stored[0], value)
+        return value
     value = torch.empty(match.parameter.shape, dtype=dtype)
     parts = value.unbind() if match.rule.is_stack else [value]
     for tensor, part in zip(match.stored, parts, strict=True):
@@ -232,7 +253,14 @@ def _read_into(source: Source, tensor: StoredTensor, out: Tensor) -> None:
         part = rows[begin : begin + num_rows]
         raw = data[begin * row_bytes : (begin + len(part)) * row_bytes]
         dequantize(raw, tensor.format, shape=tuple(part.shape), out=part)
+        _check_range(tensor, part)
         source.release(tensor.name)
+
+
+def _check_range(tensor: StoredTensor, value: Tensor) -> None:
+    """Refuse float16 where a value has become infinite in it."""
+    if value.dtype is torch.float16 and tensor.format != "F16" and value.isinf().any():
+        raise BadRequest(f"{tensor.name} has values that float16 cannot hold", hint="use bfloat16 or float32")
 
 
 def _assign(decoder: Decoder, name: str, value: Tensor) -> None:

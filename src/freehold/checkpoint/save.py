@@ -13,11 +13,11 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from freehold.checkpoint.dtypes import dtype_name
 from freehold.checkpoint.load import Progress
 from freehold.checkpoint.rules import stored_tensors
 from freehold.errors import BadInput
@@ -26,8 +26,6 @@ from freehold.models.families import Family
 from freehold.models.names import TensorNames
 
 MAX_SHARD_BYTES = 2 << 30  # of one file, and of what is copied in memory to write it
-
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def save_checkpoint(
@@ -52,13 +50,18 @@ def save_checkpoint(
         _write_shards(partial, decoder, names, max_shard_bytes, progress)
 
 
+def check_is_free(folder: Path) -> None:
+    """Refuse a folder that exists already, or that cannot be made where it should be."""
+    if os.path.lexists(folder):  # a link to nowhere, too
+        raise BadInput(f"{folder.name} exists already", hint="name a folder that does not")
+    if not folder.absolute().parent.is_dir():
+        raise BadInput(f"there is no folder {folder.parent} to put {folder.name} into")
+
+
 @contextmanager
 def _new_folder(folder: Path, num_bytes: int) -> Iterator[Path]:
     """Make a folder that comes into being with its content, or not at all."""
-    if os.path.lexists(folder):  # a link to nowhere, too
-        raise BadInput(f"{folder.name} exists already", hint="name a folder that does not")
-    if not folder.parent.is_dir():
-        raise BadInput(f"there is no folder {folder.parent} to put {folder.name} into")
+    check_is_free(folder)
     free = shutil.disk_usage(folder.parent).free
     if free < num_bytes:
         raise BadInput(f"{folder.name} needs {num_bytes:,} bytes on its disk, {free:,} are free")
@@ -77,7 +80,7 @@ def _stored_bytes(decoder: Decoder) -> int:
 
 
 def _write_config(folder: Path, decoder: Decoder, config: Mapping[str, Any]) -> None:
-    dtype = DTYPE_NAMES[decoder.dtype]
+    dtype = dtype_name(decoder.dtype)
     kept = {key: value for key, value in config.items() if key != "auto_map"}
     text = json.dumps(kept | {"dtype": dtype, "torch_dtype": dtype}, indent=2, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")

@@ -72,7 +72,7 @@ def chat(
     if sys.stdin.isatty():
         show_note(f"{model}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     for line in typed_lines():
-        if line.strip() == "/exit":
+        if line.rstrip() == "/exit":
             return
         if line.startswith("/"):
             obey(conversation, line.rstrip())
@@ -106,22 +106,38 @@ class Conversation:
 
 
 def typed_lines() -> Iterator[str]:
-    """Yield the lines of a person, with line editing and history where there is such a library, or of a pipe."""
+    """Yield the lines of a person, with line editing and history where there is such a library, or of a pipe.
+
+    Raises: BadRequest where a pipe holds no UTF-8 text; a person may type the line again.
+    """
     if not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin)
+        yield from _piped_lines()
         return
     with suppress(ImportError):
         import readline  # noqa: F401  (importing it is what gives `input` line editing)
     while True:
         try:
             line = input("> ")
+            line.encode()
         except EOFError:
             show_note("")
             return
         except KeyboardInterrupt:
             show_note("\nCtrl-D or /exit leaves")
             continue
+        except UnicodeError:
+            show_error("BadRequest", "this line is not UTF-8 text")
+            continue
         yield line
+
+
+def _piped_lines() -> Iterator[str]:
+    try:
+        for line in sys.stdin:
+            line.encode()  # where the locale is C, Python reads what is no UTF-8 as surrogates
+            yield line.rstrip("\n")
+    except UnicodeError:
+        raise BadRequest("standard input is not UTF-8 text") from None
 
 
 def obey(conversation: Conversation, line: str) -> None:

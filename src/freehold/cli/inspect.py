@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PATTERN_WIDTH = 72
 LEGEND = {"M": "Mamba-2", "*": "attention", "-": "MLP", "E": "experts"}
-DTYPES = ("bfloat16", "float32")
+PLANNED: tuple[options.Dtype, ...] = ("bf16", "f32")  # f16 takes what bf16 does
 DOES_NOT_FIT = "-"
 
 
@@ -78,8 +78,7 @@ class Inspection:
 
 def look_into(path: Path) -> Inspection:
     """Return what the headers of a checkpoint say, or its config.json where that alone is given."""
-    import torch
-
+    from freehold.checkpoint.dtypes import parse_dtype
     from freehold.checkpoint.load import open_described
     from freehold.engine.plan import count_parts, need_of
 
@@ -96,7 +95,7 @@ def look_into(path: Path) -> Inspection:
         spec=spec,
         parts=count_parts(spec, described),
         formats=_bytes_by_format(described) if described else {},
-        needs=[need_of(spec, getattr(torch, name)) for name in DTYPES],
+        needs=[need_of(spec, parse_dtype(options.DTYPE_NAMES[dtype])) for dtype in PLANNED],
         notes=described.notes if described else ("a config without weights: nothing was matched",),
     )
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 Dtype = Literal["bf16", "f16", "f32"]
+# Short for the names of checkpoint/dtypes.py.
 DTYPE_NAMES: dict[Dtype, str] = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
 ModelName = Annotated[

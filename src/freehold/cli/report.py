@@ -30,6 +30,21 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
     except OSError as error:  # a full disk, a folder that must not be read: the machine's, not ours
         show_error(type(error).__name__, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         return BAD_INPUT
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        show_error(
+            "OutOfMemory",
+            str(error).split(". ")[0] or "memory is too small",
+            "a smaller dtype takes less; `freehold inspect` plans",
+        )
+        return BAD_INPUT
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether a memory was too small: Python's, or torch's, of a GPU or of a CPU (a plain RuntimeError)."""
+    is_torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or is_torchs
 
 
 def show_error(kind: str, message: str, hint: str | None = None) -> None:

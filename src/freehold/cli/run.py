@@ -98,8 +98,10 @@ def note_cut(usage: "Usage", max_tokens: int | None) -> None:
 
 def _read_stdin() -> str:
     try:
-        return sys.stdin.read()
-    except UnicodeDecodeError:
+        text = sys.stdin.read()
+        text.encode()  # where the locale is C, Python reads what is no UTF-8 as surrogates
+        return text
+    except UnicodeError:
         raise BadRequest("standard input is not UTF-8 text") from None
 
 

@@ -11,15 +11,9 @@ import torch
 from torch import Tensor
 
 from freehold import __version__
+from freehold.checkpoint.dtypes import dtype_name, parse_dtype
 from freehold.checkpoint.fetch import find
-from freehold.checkpoint.load import (
-    Described,
-    LoadReport,
-    copied_bytes,
-    default_dtype,
-    load_decoder,
-    open_described,
-)
+from freehold.checkpoint.load import Described, LoadReport, default_dtype, load_decoder, open_described
 from freehold.checkpoint.text_side import TextSide, load_text_side
 from freehold.engine.generate import check_prompt, generate
 from freehold.engine.machine import memory_of
@@ -33,8 +27,6 @@ from freehold.text.answer import AnswerParser, Piece, ToolCallPiece, join_pieces
 from freehold.text.stream import Detokenizer, StopStrings
 from freehold.text.tokenizer import Tokenizer
 from freehold.trust.identity import Identity, digest_config, digest_files
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(kw_only=True)
@@ -91,7 +83,7 @@ class Model:
             config=digest_config(self.described.config),
             tokenizer=self.text.tokenizer.digest if self.text.tokenizer else None,
             template=self.text.template.digest if self.text.template else None,
-            dtype=str(self.decoder.dtype).removeprefix("torch."),
+            dtype=dtype_name(self.decoder.dtype),
             kernels=f"{__version__} {native_report()}",
         )
 
@@ -230,19 +222,11 @@ def load(
         target = parse_device(device)
         text = load_text_side(source, described)
         chosen = parse_dtype(dtype) if dtype else default_dtype(described, target)
-        _check_memory(copied_bytes(described, dtype=chosen, device=target), target)
-        decoder, report = load_decoder(source, described, dtype=chosen, device=target, progress=progress)
-    return Model(decoder, described, text=text, report=report, files=source.files)
-
-
-def _check_memory(needed: int, device: torch.device) -> None:
-    """Refuse before loading what would end in the system killing this process."""
-    available = memory_of(device).available_bytes
-    if needed > available:
-        raise BadInput(
-            f"the weights need {needed:,} bytes of memory, {available:,} are free on {device}",
-            hint="a smaller dtype takes less; freehold inspect MODEL says what fits",
+        free = memory_of(target).available_bytes
+        decoder, report = load_decoder(
+            source, described, dtype=chosen, device=target, memory_bytes=free, progress=progress
         )
+    return Model(decoder, described, text=text, report=report, files=source.files)
 
 
 def parse_device(name: str) -> torch.device:
@@ -256,10 +240,3 @@ def parse_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BadRequest(f"device {name!r} is not in this machine", hint="use cpu")
     return device
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """Return the dtype of a name."""
-    if name not in DTYPES:
-        raise BadRequest(f"dtype {name!r} is not known", hint=f"use one of {', '.join(DTYPES)}")
-    return DTYPES[name]
