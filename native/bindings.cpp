@@ -1,48 +1,211 @@
-// The Python side of the kernels: a submodule per form (portable, avx512), the same names in each.
+// The Python side of the kernels: a `Form` object for each form that this machine runs, best first, and what is the same
+// in all of them.
 //
 // Tensors come as addresses, so nothing here is compiled or linked against torch. The callers in src/freehold/ops have
 // checked dtype, contiguity and shape, and hold the tensors for the length of the call; the GIL is released meanwhile.
+#include <sys/mman.h>
+
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include "cpu.h"
-#include "rms_norm.h"
+#include "kernels.h"
+#include "pack.h"
+#include "pool.h"
+#include "program.h"
 
 namespace nb = nanobind;
+using namespace nb::literals;
 
 namespace freehold {
+
+#define FREEHOLD_DECLARE(form) \
+  namespace form {             \
+  const Kernels& kernels();    \
+  }
+FREEHOLD_DECLARE(portable)
+#ifdef FREEHOLD_X86
+FREEHOLD_DECLARE(avx2)
+FREEHOLD_DECLARE(avx512)
+FREEHOLD_DECLARE(avx512vnni)
+#endif
+#undef FREEHOLD_DECLARE
+
 namespace {
+
+using Address = std::uintptr_t;
+
+template <typename T = void>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
 
 Element element(bool is_bfloat16) { return is_bfloat16 ? Element::bfloat16 : Element::float32; }
 
-template <void (*kernel)(const RmsNorm&)>
-void rms_norm(std::uintptr_t out, std::uintptr_t hidden, std::uintptr_t weight, std::size_t num_tokens,
-              std::size_t width, float eps, bool hidden_is_bfloat16, bool weight_is_bfloat16,
-              bool cast_then_multiply) {
-  const RmsNorm call{reinterpret_cast<void*>(out),
-                     reinterpret_cast<const void*>(hidden),
-                     reinterpret_cast<const void*>(weight),
-                     num_tokens,
-                     width,
-                     eps,
-                     element(hidden_is_bfloat16),
-                     element(weight_is_bfloat16),
-                     cast_then_multiply};
-  nb::gil_scoped_release unlocked;
-  kernel(call);
+std::vector<const Kernels*> forms() {
+  std::vector<const Kernels*> found;
+#ifdef FREEHOLD_X86
+  if (runs_avx512vnni()) found.push_back(&avx512vnni::kernels());
+  if (runs_avx512()) found.push_back(&avx512::kernels());
+  if (runs_avx2()) found.push_back(&avx2::kernels());
+#endif
+  found.push_back(&portable::kernels());
+  return found;
 }
 
-void bind_portable(nb::module_ form) { form.def("rms_norm", &rms_norm<rms_norm_portable>); }
+void call_rms_norm(const Kernels& form, Address out, Address hidden, bool is_bfloat16, std::size_t num_tokens,
+                   std::size_t width, const Norm& norm) {
+  nb::gil_scoped_release unlocked;
+  form.rms_norm({at(hidden), element(is_bfloat16), num_tokens, width, norm}, at(out));
+}
 
-#ifdef FREEHOLD_AVX512
-void bind_avx512(nb::module_ form) { form.def("rms_norm", &rms_norm<rms_norm_avx512>); }
+void call_linear(const Kernels& form, int num_threads, Address out, Address rows, bool is_bfloat16, std::size_t num_rows,
+                 const Matrix& matrix, Address bias, bool bias_is_bfloat16) {
+  const Linear call{at(rows), element(is_bfloat16), num_rows, matrix, at(bias), element(bias_is_bfloat16), at(out)};
+  nb::gil_scoped_release unlocked;
+  form.linear(call, num_threads);
+}
+
+Norm norm_of(Address weight, bool is_bfloat16, float eps, bool cast_then_multiply) {
+  return {at(weight), element(is_bfloat16), eps, cast_then_multiply};
+}
+
+Residual residual_with(const Norm& norm) { return {nullptr, Element::float32, 0, 0, norm}; }
+
+void add_mlp(Program& program, const Norm& norm, const Matrix& gate, const Matrix& up, const Matrix& down) {
+  program.add(Mlp{residual_with(norm), gate, up, down});
+}
+
+void add_attention(Program& program, const Norm& norm, const Matrix& query, const Matrix& key, const Matrix& value,
+                   Address query_bias, Address key_bias, Address value_bias, bool bias_is_bfloat16, const Matrix& output,
+                   int num_heads, int num_kv_heads, int head_dim, Address rotation, Address key_pages,
+                   Address value_pages, bool pages_are_bfloat16) {
+  const Attention inner{num_heads, num_kv_heads, head_dim, {}, nullptr, at<const float>(rotation),
+                        element(pages_are_bfloat16), at(key_pages), at(value_pages), nullptr};
+  program.add(AttentionMixer{residual_with(norm),
+                             {query, key, value},
+                             {at(query_bias), at(key_bias), at(value_bias)},
+                             element(bias_is_bfloat16),
+                             output,
+                             inner});
+}
+
+void add_mamba2(Program& program, const Norm& norm, const Matrix& input, const Matrix& output, int num_heads,
+                int head_dim, int state_size, int num_groups, int conv_kernel, float norm_eps, float min_step,
+                float max_step, Address conv_weight, Address conv_bias, Address norm_weight, bool weights_are_bfloat16,
+                Address a_log, Address d, Address dt_bias, Address conv_tail, bool tail_is_bfloat16, Address ssm) {
+  Mamba2 inner{};
+  inner.num_heads = num_heads;
+  inner.head_dim = head_dim;
+  inner.state_size = state_size;
+  inner.num_groups = num_groups;
+  inner.conv_kernel = conv_kernel;
+  inner.norm_eps = norm_eps;
+  inner.min_step = min_step;
+  inner.max_step = max_step;
+  inner.weight_element = element(weights_are_bfloat16);
+  inner.conv_weight = at(conv_weight);
+  inner.conv_bias = at(conv_bias);
+  inner.norm_weight = at(norm_weight);
+  inner.a_log = at<const float>(a_log);
+  inner.d = at<const float>(d);
+  inner.dt_bias = at<const float>(dt_bias);
+  inner.tail_element = element(tail_is_bfloat16);
+  inner.conv_tail = at(conv_tail);
+  inner.ssm = at<float>(ssm);
+  program.add(Mamba2Mixer{residual_with(norm), input, output, inner});
+}
+
+void add_moe(Program& program, const Norm& norm, const Matrix& gate, Address correction, int num_experts, int num_chosen,
+             int num_groups, int num_chosen_groups, bool normalize_weights, float scale, const Matrix& up,
+             std::size_t up_stride, const Matrix& down, std::size_t down_stride, const Matrix& shared_up,
+             const Matrix& shared_down, const Matrix& latent_in, const Matrix& latent_out) {
+  program.add(Moe{residual_with(norm), gate, at<const float>(correction), num_experts, num_chosen, num_groups,
+                  num_chosen_groups, normalize_weights, scale, up, down, up_stride, down_stride, shared_up, shared_down,
+                  latent_in, latent_out});
+}
+
+void run_program(const Program& program, const Kernels& form, int num_threads, Address hidden, bool is_bfloat16,
+                 std::size_t num_tokens, std::size_t width, const Batch& batch) {
+  const Residual residual{at(hidden), element(is_bfloat16), num_tokens, width, {}};
+  nb::gil_scoped_release unlocked;
+  program.run(form, num_threads, residual, batch);
+}
+
+void pack(int num_threads, const Matrix& packed, Address stored) {
+  constexpr std::size_t GRAIN = 4;
+  nb::gil_scoped_release unlocked;
+  run_team(num_threads, [&](Team& team, int) {
+    const std::size_t num_panels = packed.num_panels();
+    for (std::size_t first; (first = team.claim() * GRAIN) < num_panels;)
+      pack_panels(packed, at<const std::uint8_t>(stored), first,
+                  first + GRAIN < num_panels ? first + GRAIN : num_panels);
+  });
+}
+
+// Asks for large pages in a piece of memory that nothing was written to yet.
+void advise_large_pages([[maybe_unused]] Address begin, [[maybe_unused]] std::size_t num_bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr Address PAGE = 4096;
+  const Address first = (begin + PAGE - 1) / PAGE * PAGE, end = (begin + num_bytes) / PAGE * PAGE;
+  if (end > first) madvise(at(first), end - first, MADV_HUGEPAGE);  // advice: a refusal changes nothing
 #endif
+}
+
+void unpack_rows(int num_threads, const Matrix& packed, Address row_numbers, std::size_t num_rows, Address out) {
+  nb::gil_scoped_release unlocked;
+  run_team(num_threads, [&](Team& team, int) {
+    for (std::size_t i; (i = team.claim()) < num_rows;)
+      unpack_row(packed, at<const std::int64_t>(row_numbers)[i], at<float>(out) + i * packed.num_columns);
+  });
+}
 
 }  // namespace
 }  // namespace freehold
 
 NB_MODULE(_kernels, module) {
-  freehold::bind_portable(module.def_submodule("portable"));
-#ifdef FREEHOLD_AVX512
-  if (freehold::has_avx512()) freehold::bind_avx512(module.def_submodule("avx512"));
-#endif
+  using namespace freehold;
+  nb::enum_<Format>(module, "Format")
+      .value("F32", Format::float32)
+      .value("BF16", Format::bfloat16)
+      .value("Q8_0", Format::q8_0)
+      .value("Q4_0", Format::q4_0)
+      .value("Q4_1", Format::q4_1)
+      .value("Q5_0", Format::q5_0)
+      .value("Q5_1", Format::q5_1)
+      .value("Q4_K", Format::q4_k)
+      .value("Q5_K", Format::q5_k)
+      .value("Q6_K", Format::q6_k);
+  nb::class_<Matrix>(module, "Matrix")
+      .def(nb::init<>())
+      .def("__init__", [](Matrix* self, Format format, Address data, std::size_t num_rows, std::size_t num_columns) {
+        new (self) Matrix{format, at<const std::uint8_t>(data), num_rows, num_columns};
+      });
+  nb::class_<Norm>(module, "Norm")
+      .def("__init__", [](Norm* self, Address weight, bool is_bfloat16, float eps, bool cast_then_multiply) {
+        new (self) Norm(norm_of(weight, is_bfloat16, eps, cast_then_multiply));
+      });
+  nb::class_<Batch>(module, "Batch")
+      .def("__init__", [](Batch* self, int num_sequences, Address starts, Address contexts, Address slots, Address pages,
+                          int pages_per_sequence, int page_size) {
+        new (self) Batch{num_sequences, at<const std::int32_t>(starts), at<const std::int32_t>(contexts),
+                         at<const std::int32_t>(slots), at<const std::int32_t>(pages), pages_per_sequence, page_size};
+      });
+  nb::class_<Program>(module, "Program")
+      .def(nb::init<>())
+      .def("add_mlp", &add_mlp)
+      .def("add_attention", &add_attention)
+      .def("add_mamba2", &add_mamba2)
+      .def("add_moe", &add_moe)
+      .def("run", &run_program);
+  nb::class_<Kernels>(module, "Form")
+      .def_prop_ro("name", [](const Kernels& form) { return std::string(form.form); })
+      .def("rms_norm", &call_rms_norm)
+      .def("linear", &call_linear);
+  module.def("forms", &forms, nb::rv_policy::reference);
+  module.def("packed_bytes", &packed_bytes);
+  module.def("pack", &pack);
+  module.def("advise_large_pages", &advise_large_pages);
+  module.def("unpack_rows", &unpack_rows);
 }

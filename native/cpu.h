@@ -3,7 +3,9 @@
 
 namespace freehold {
 
-// True where the processor and the operating system run AVX-512 F, BW, DQ and VL, and this build has those kernels.
-bool has_avx512();
+// True where the processor and the operating system run the instructions that a form is compiled with.
+bool runs_avx2();        // AVX2, FMA, F16C
+bool runs_avx512();      // AVX-512 F, BW, DQ, VL
+bool runs_avx512vnni();  // those, and VNNI
 
 }  // namespace freehold

@@ -1,9 +1,11 @@
 """What every test runs under: two threads, fixed seeds, fuzzing within a budget of time, and checked shapes in ops."""
 
 import importlib
+import importlib.util
 import os
 import pkgutil
 import random
+import sys
 
 # Threads that wait should sleep: where another process is busy, spinning ones make these small models ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch, which reads it once
@@ -17,6 +19,14 @@ import freehold.ops
 from shapes import check_shapes
 
 torch.set_num_threads(2)
+
+# Kernels of another build than the installed one: with other forms (ops/test_avx512_emulated.py), or sanitizers.
+if kernels := os.environ.get("FREEHOLD_TEST_KERNELS"):
+    described = importlib.util.spec_from_file_location("freehold.ops.native._kernels", kernels)
+    assert described is not None
+    assert described.loader is not None
+    sys.modules[described.name] = importlib.util.module_from_spec(described)
+    described.loader.exec_module(sys.modules[described.name])
 
 SLOW_IS_FINE = [HealthCheck.too_slow]
 settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True, suppress_health_check=SLOW_IS_FINE)

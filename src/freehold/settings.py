@@ -7,7 +7,7 @@ from typing import Literal, cast, get_args
 
 from freehold.errors import BadInput
 
-NativeMode = Literal["auto", "portable", "off"]
+NativeMode = Literal["auto", "avx512vnni", "avx512", "avx2", "portable", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +15,8 @@ class Settings:
     """What the environment may decide.
 
     models_dir: where `freehold fetch` puts models and where catalogue names are looked up (FREEHOLD_MODELS).
-    native: which form of the native kernels runs: the best for this machine, the portable one, or none,
-        which leaves the torch references (FREEHOLD_NATIVE).
+    native: which form of the native kernels runs: the best for this machine, one by name, or none, which leaves the
+        torch references (FREEHOLD_NATIVE). A form that this machine does not run is none.
     """
 
     models_dir: Path = field(default_factory=lambda: _models_dir())

@@ -18,7 +18,7 @@ from freehold.evaluate.laws import relative_difference
 from freehold.models.families import family_of_config
 from freehold.models.families.llama import PUBLISHED_SCALINGS
 from freehold.models.spec import Llama3Scaling
-from models.tiny import CONFIGS, LATENT, LLAMA, MTP, NEMOTRON, random_tokens, tiny_decoder
+from models.tiny import CONFIGS, LATENT, LLAMA, MTP, NEMOTRON, QWEN, random_tokens, tiny_decoder
 from models.witness import load_ours, our_logits, witness_logits
 
 # A_log goes through exp and log, and the rope divisors through a division: a few units in the last place of float32.
@@ -26,10 +26,11 @@ FLOAT32_TOLERANCE = 5e-6
 
 # What GGUF can hold of the tiny models: it has no name for experts and MLPs in one model.
 NAMES = """
-    llama llama-tied llama-without-groups llama-head-dim llama-yarn qwen qwen-tied qwen-yarn nemotron-dense
+    llama llama-tied llama-without-groups llama-wide-heads llama-yarn qwen qwen-tied qwen-yarn nemotron-dense
     nemotron-mamba nemotron-router-groups nemotron-one-group nemotron-group-per-head
 """.split()
 GGUF_CONFIGS = {name: CONFIGS[name] for name in NAMES} | {
+    "qwen-narrow-heads": QWEN | {"head_dim": 8},  # width / heads, all that transformers reads of Qwen in GGUF
     "nemotron-moe": NEMOTRON | {"hybrid_override_pattern": "ME*E"},
     "nemotron-moe-tied": NEMOTRON | {"hybrid_override_pattern": "ME*E", "tie_word_embeddings": True},
     "nemotron-latent": LATENT | {"hybrid_override_pattern": "ME*"},
@@ -93,7 +94,7 @@ def test_a_quantized_model_has_the_logits_of_its_dequantized_weights(name, tmp_p
     assert relative_difference(our_logits(loaded, tokens_L), our_logits(expected, tokens_L)) <= FLOAT32_TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-head-dim", "qwen"])
+@pytest.mark.parametrize("name", ["llama", "llama-wide-heads", "qwen-narrow-heads"])
 def test_transformers_reads_the_same_model_from_the_file(name, tmp_path):
     """The witness undoes the order of q and k with code of its own."""
     config, tokens_L = GGUF_CONFIGS[name], random_tokens(40)
@@ -104,7 +105,7 @@ def test_transformers_reads_the_same_model_from_the_file(name, tmp_path):
     assert relative_difference(our_logits(load_ours(path, torch.float32), tokens_L), expected_LV) <= FLOAT32_TOLERANCE
 
 
-def divisors_of(scaling: Llama3Scaling, *, head_dim: int = 8, theta: float = 10000.0) -> Array:
+def divisors_of(scaling: Llama3Scaling, *, head_dim: int = 16, theta: float = 10000.0) -> Array:
     """Return a table as llama.cpp's converter computes it, formula and float64 of its own."""
     rows = []
     for i in range(head_dim // 2):
@@ -183,7 +184,7 @@ BAD_METADATA = {
     "unknown-key": ("llama", "attention.sliding_window", 128, "does not know: `attention.sliding_window`"),
     "unknown-rope": ("llama", "rope.scaling.type", "longrope", "RoPE type 'longrope' is not implemented"),
     "experts-in-llama": ("llama", "expert_count", 8, "`expert_count` is 8"),
-    "two-head-sizes": ("llama", "attention.value_length", 16, "`attention.value_length` is 16"),
+    "two-head-sizes": ("llama", "attention.value_length", 8, "`attention.value_length` is 8"),
     "odd-heads": ("llama", "attention.key_length", 7, "7"),
     "vocabulary": ("llama", "vocab_size", 98, "`vocab_size` is 98"),
     "width": ("llama", "embedding_length", 64, r"has shape \[97, 32\], the config makes it \[97, 64\]"),

@@ -33,7 +33,7 @@ def test_parts_add_up_to_what_a_real_file_stores():
     stored = seen["stored_bytes_by_format"]
     assert set(stored) == {"Q4_1", "Q8_0", "F32"}
     assert sum(part["stored_bytes"] for part in seen["parts"]) == sum(stored.values()) < 98_362_432
-    bf16, f32 = seen["plan"]
+    _, bf16, f32 = seen["plan"]
     assert (bf16["dtype"], f32["dtype"]) == ("bfloat16", "float32")
     assert bf16["kv_bytes_per_token"] * 2 == f32["kv_bytes_per_token"] == 30 * 2 * 3 * 64 * 4
 

@@ -70,15 +70,16 @@ def test_chunks_of_any_size_have_the_same_answer(chunk, monkeypatch):
 
 
 @pytest.mark.parametrize("config", [LLAMA, NEMOTRON], ids=["llama", "nemotron"])
-def test_a_page_that_doubles_keeps_what_it_held(config, monkeypatch):
+def test_pages_that_double_keep_what_they_held(config, monkeypatch):
     decoder = tiny_decoder(config)
     in_one_page = answer(decoder, max_tokens=60)
-    monkeypatch.setattr(module, "FIRST_ROOM_TOKENS", 0)
+    monkeypatch.setattr(module, "PAGE_SIZE", 32)
     assert answer(decoder, max_tokens=60) == in_one_page
     assert answer(decoder, PROMPT[:1], max_tokens=60) == recomputed(decoder, PROMPT[:1], 60)
 
 
-def test_reading_more_than_a_page_at_once_doubles_it_until_there_is_room():
+def test_reading_more_than_all_pages_at_once_doubles_them_until_there_is_room(monkeypatch):
+    monkeypatch.setattr(module, "PAGE_SIZE", 32)
     decoder, tokens = tiny_decoder(LLAMA), random_tokens(200).tolist()
     continuation = Continuation(decoder, room_tokens=3)
     continuation.read(tokens[:2])

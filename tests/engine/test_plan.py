@@ -29,7 +29,7 @@ def test_every_parameter_is_part_of_one_part(config):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("config", [*CONFIGS.values(), MTP], ids=[*CONFIGS, "mtp"])
 def test_needs_are_what_is_allocated(config, dtype):
-    decoder, num_tokens = tiny_decoder(config, dtype=dtype), 24
+    decoder, num_tokens = tiny_decoder(config, dtype=dtype), 32
     need = need_of(decoder.spec, dtype)
     states = decoder.allocate_states(Capacity(num_slots=1, num_pages=1, page_size=num_tokens))
     tensors = [tensor for state in states if state for tensor in vars(state).values()]

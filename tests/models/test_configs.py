@@ -169,7 +169,7 @@ def test_the_length_of_the_layer_list_overrides_num_hidden_layers():
 
 def test_the_inner_width_is_heads_times_their_size_and_not_expand():
     assert tiny_spec(NEMOTRON | {"expand": 7}) == tiny_spec(NEMOTRON)
-    assert tiny_spec(NEMOTRON).blocks[0].inner_width == 64
+    assert tiny_spec(NEMOTRON).blocks[0].inner_width == 8 * 16
 
 
 def test_router_groups_and_mamba_groups_are_not_mixed_up():

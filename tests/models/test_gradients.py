@@ -17,8 +17,9 @@ STEP = 3e-4
 DIFFERENCE_RTOL = 2e-2
 # bfloat16 gradients: a relative rounding of 4e-3 at each of some thirty operations.
 BFLOAT16_TOLERANCE = 0.1
-# The gradient of a sequence alone and among others: sums in another order.
-FLOAT32_TOLERANCE = 1e-5
+# The gradient of a sequence alone and among others: sums in another order; 1.3e-5 at most, where the scan's decays are
+# small sums of large terms.
+FLOAT32_TOLERANCE = 3e-5
 
 
 def loss_of(decoder, tokens_T, layout, targets_T):

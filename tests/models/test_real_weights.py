@@ -19,7 +19,7 @@ from models.witness import load_ours, our_logits, witness_logits
 # products. Another version may sum in another order.
 TOLERANCE = 1e-3
 NUM_NEW_TOKENS = 64
-PAGE_SIZE = 16
+PAGE_SIZE = 32
 
 # The capital of France is | Once upon a time, in a small village by the sea, | def fibonacci(n): ... |
 # Water boils at 100 degrees Celsius. At high altitude | What is the capital of France? (in the chat template's form)

@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from freehold.ops.attention import attend, attention, attention_paged, write_pages
+from freehold.ops.attention import (
+    KEY_LANES,
+    PAGE_TOKENS,
+    attend,
+    attention,
+    attention_paged,
+    read_keys,
+    read_values,
+    write_keys,
+    write_values,
+)
 
 # float32: the sums of one row in another order.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
@@ -85,19 +95,25 @@ def test_gradients_equal_those_of_the_whole_score_matrix():
     torch.testing.assert_close(found, expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("page_size", [1, 2, 3, 16])
+def empty_pages(num_pages, page_size, *, num_kv_heads=2, head_dim=8):
+    """Return pages for keys and for values, where reading what was not written shows."""
+    keys = torch.full((num_pages, num_kv_heads, page_size // KEY_LANES, head_dim, KEY_LANES), torch.nan)
+    return keys, torch.full((num_pages, num_kv_heads, page_size, head_dim), torch.nan)
+
+
+@pytest.mark.parametrize("page_size", [PAGE_TOKENS, 3 * PAGE_TOKENS])
 def test_pages_in_any_order_give_what_lies_in_them(page_size):
-    ends, lengths = [7, 5, 1], [2, 1, 1]
+    ends, lengths = [70, 40, 1], [2, 1, 1]
     counts = [-(-end // page_size) for end in ends]
     shuffled = torch.randperm(sum(counts)).tolist()
     pages = [[shuffled.pop() for _ in range(count)] for count in counts]
-    key_pages, value_pages = (torch.full((sum(counts), page_size, 2, 8), torch.nan) for _ in range(2))
+    key_pages, value_pages = empty_pages(sum(counts), page_size)
     queries, expected = [], []
     for row, end, length in zip(pages, ends, lengths, strict=True):
         q_LHK, k_MJK, v_MJK = random_qkv(length, 4, 2, total=end)
         rows = torch.tensor([row[i // page_size] * page_size + i % page_size for i in range(end)])
-        write_pages(key_pages, k_MJK, rows)
-        write_pages(value_pages, v_MJK, rows)
+        write_keys(key_pages, k_MJK, rows)
+        write_values(value_pages, v_MJK, rows)
         queries.append(q_LHK)
         expected.append(naive(q_LHK, k_MJK, v_MJK))
     out_THK = attention_paged(
@@ -107,6 +123,23 @@ def test_pages_in_any_order_give_what_lies_in_them(page_size):
 
 
 def test_writing_pages_touches_only_the_rows_named():
-    pages = torch.zeros(3, 2, 1, 4)
-    write_pages(pages, torch.ones(2, 1, 4), torch.tensor([5, 0]))
-    assert pages.flatten(2).sum(dim=-1).tolist() == [[4, 0], [0, 0], [0, 4]]
+    key_pages, value_pages = empty_pages(3, PAGE_TOKENS)
+    rows = torch.tensor([2 * PAGE_TOKENS + 17, 0])
+    write_keys(key_pages, torch.ones(2, 2, 8), rows)
+    write_values(value_pages, torch.ones(2, 2, 8), rows)
+    for read in (read_keys(key_pages, [0, 1, 2]), read_values(value_pages, [0, 1, 2])):
+        assert read.isfinite().all(dim=(1, 2)).nonzero().flatten().tolist() == sorted(rows.tolist())
+        assert read.isfinite().sum() == 2 * 2 * 8
+
+
+def test_sixteen_keys_lie_side_by_side_in_a_page():
+    """As native/attention.h says it, for kernels read the same pages."""
+    key_pages, value_pages = empty_pages(2, PAGE_TOKENS)
+    k_MJK, v_MJK = torch.randn(PAGE_TOKENS, 2, 8), torch.randn(PAGE_TOKENS, 2, 8)
+    rows = torch.arange(PAGE_TOKENS, 2 * PAGE_TOKENS)
+    write_keys(key_pages, k_MJK, rows)
+    write_values(value_pages, v_MJK, rows)
+    assert torch.equal(key_pages[1, 1, 1, 5], k_MJK[KEY_LANES : 2 * KEY_LANES, 1, 5])
+    assert torch.equal(value_pages[1, 1, 19], v_MJK[19, 1])
+    assert torch.equal(read_keys(key_pages, [1]), k_MJK)
+    assert torch.equal(read_values(value_pages, [1]), v_MJK)

@@ -7,6 +7,7 @@ import torch
 
 from freehold.ops.native import forms, kernels, native_report
 from freehold.ops.norm import NormOrder, gated_group_rms_norm, rms_norm, rms_norm_reference
+from models.forms import FORMS, needs_kernels, needs_two_forms, running, same_bits
 
 EPS = 1e-5
 # The order of summation differs from torch's: a few units in the last place of float32.
@@ -25,29 +26,14 @@ DTYPES = [
     pytest.param(torch.float32, torch.bfloat16, id="float32-weight-bfloat16"),
 ]
 
-needs_extension = pytest.mark.skipif(not forms(), reason="the native extension is not built here")
-needs_two_forms = pytest.mark.skipif(len(forms()) < 2, reason="only the portable form, or none, runs here")
+ALL_FORMS = pytest.mark.parametrize("form", FORMS)
 
 
 def run_form(
     form: str, hidden_TD: torch.Tensor, weight_D: torch.Tensor, order: NormOrder, eps: float = EPS
 ) -> torch.Tensor:
-    out_TD = torch.empty_like(hidden_TD)
-    forms()[form].rms_norm(
-        out_TD.data_ptr(),
-        hidden_TD.data_ptr(),
-        weight_D.data_ptr(),
-        *hidden_TD.shape,
-        eps,
-        hidden_TD.dtype is torch.bfloat16,
-        weight_D.dtype is torch.bfloat16,
-        order == "cast_then_multiply",
-    )
-    return out_TD
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(torch.int32 if tensor.dtype is torch.float32 else torch.int16)
+    with running(form):
+        return rms_norm(hidden_TD, weight_D, eps=eps, order=order)
 
 
 def test_an_installed_package_has_its_native_extension():
@@ -71,8 +57,8 @@ def test_the_two_orders_differ_by_a_rounding_in_bfloat16():
     torch.testing.assert_close(first, second, rtol=BFLOAT16_RTOL, atol=0.0)
 
 
-@needs_extension
-@pytest.mark.parametrize("form", forms())
+@needs_kernels
+@ALL_FORMS
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES)
 def test_kernel_equals_its_twin(form, order, dtype, weight_dtype):
@@ -89,8 +75,8 @@ def test_kernel_equals_its_twin(form, order, dtype, weight_dtype):
 def test_forms_give_the_same_bits(order, dtype, weight_dtype):
     for width in WIDTHS:
         hidden_TD, weight_D = torch.randn(7, width).to(dtype), torch.randn(width).to(weight_dtype)
-        first, second = (run_form(form, hidden_TD, weight_D, order) for form in forms())
-        assert torch.equal(bits(first), bits(second)), width
+        first, *others = (run_form(form, hidden_TD, weight_D, order) for form in FORMS)
+        assert all(same_bits(other, first) for other in others), width
 
 
 @needs_two_forms
@@ -101,14 +87,12 @@ def test_forms_give_the_same_bits_for_numbers_at_the_edges(dtype):
         hidden_TD = torch.randn(3, 40).mul(1e-3).to(dtype)
         hidden_TD[1, 37] = number
         weight_D = torch.tensor([edges[i % len(edges)] for i in range(40)]).to(dtype)
-        first, second = (run_form(form, hidden_TD, weight_D, "cast_then_multiply") for form in forms())
-        finite = ~first.isnan()
-        assert torch.equal(first.isnan(), second.isnan())
-        assert torch.equal(bits(first)[finite], bits(second)[finite])
+        first, *others = (run_form(form, hidden_TD, weight_D, "cast_then_multiply") for form in FORMS)
+        assert all(same_bits(other, first) for other in others), number
 
 
-@needs_extension
-@pytest.mark.parametrize("form", forms())
+@needs_kernels
+@ALL_FORMS
 def test_a_nan_stays_in_its_row(form):
     hidden_TD = torch.randn(3, 40).bfloat16()
     hidden_TD[1, 39] = float("nan")
@@ -116,15 +100,15 @@ def test_a_nan_stays_in_its_row(form):
     assert out_TD.isnan().all(dim=-1).tolist() == [False, True, False]
 
 
-@needs_extension
-@pytest.mark.parametrize("form", forms())
+@needs_kernels
+@ALL_FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_has_the_same_bits_alone_and_in_any_company(form, dtype):
     hidden_TD, weight_D = torch.randn(9, 577).to(dtype), torch.randn(577).to(dtype)
     together_TD = run_form(form, hidden_TD, weight_D, "cast_then_multiply")
     for token in range(9):
         alone_TD = run_form(form, hidden_TD[token : token + 1].clone(), weight_D, "cast_then_multiply")
-        assert torch.equal(bits(alone_TD[0]), bits(together_TD[token]))
+        assert same_bits(alone_TD[0], together_TD[token])
 
 
 def test_rms_norm_runs_the_form_that_the_settings_chose():

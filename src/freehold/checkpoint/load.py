@@ -2,22 +2,26 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from freehold.checkpoint.dtypes import DTYPE_OF_FORMAT
+from freehold.checkpoint.pack import is_packable, kept_weight, open_kept, pack_weight, packed_size
 from freehold.checkpoint.rules import MOST_MISSING, Match, Matches, match_tensors
 from freehold.checkpoint.source import Source, StoredTensor, open_source
 from freehold.errors import BadFile, BadInput, BadRequest, CheckpointMismatch
 from freehold.models.decoder import Decoder, build_decoder
 from freehold.models.families import Family, GgufFields, family_of_config, family_of_gguf
+from freehold.models.linear import set_weight
 from freehold.models.names import SAME, TensorNames
 from freehold.models.spec import DecoderSpec
+from freehold.ops.weight import Weight, large_bytes
 from freehold.quantize.gguf_blocks import BLOCKS, dequantize
 
 # A file's pages are released after so many bytes, so that reading a tensor keeps little of the file in memory.
@@ -49,12 +53,13 @@ class Described:
 class LoadReport:
     """What loading did: where bytes went, and what was left out and why.
 
-    tensors: number of stored tensors by storage format and the dtype of the parameter that they became.
+    tensors: number of stored tensors by storage format and the dtype of the parameter that they became, None where they
+    stayed packed.
     mapped_bytes: weights used in place in the file. copied_bytes: weights that were converted or moved into memory of
     their own.
     """
 
-    tensors: Mapping[tuple[str, torch.dtype], int]
+    tensors: Mapping[tuple[str, torch.dtype | None], int]
     mapped_bytes: int
     copied_bytes: int
     notes: tuple[str, ...]
@@ -149,34 +154,46 @@ def load_decoder(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    keep_packed: bool = False,
     memory_bytes: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> tuple[Decoder, LoadReport]:
     """Return the decoder of a described source, weights mapped where format, dtype and device allow.
 
-    Memory: the weights in `dtype`, plus scratch for one tensor that a rule reshapes, at most.
+    keep_packed: whether quantized matrices keep their values at the width they are stored at, for the kernels.
+    Memory: the weights in `dtype` or packed, plus scratch for one tensor that a rule reshapes, at most.
     memory_bytes: what the weights that cannot be mapped may take; None does not ask.
     Raises: BadInput where they take more, before any is read; BadRequest where float16 cannot hold a value.
     """
     decoder = build_decoder(described.spec, dtype=dtype)
     parameters = dict(decoder.named_parameters())
     if memory_bytes is not None:
-        _check_room(described, parameters, device=device, memory_bytes=memory_bytes)
+        _check_room(described, parameters, device=device, keep_packed=keep_packed, memory_bytes=memory_bytes)
     mapped = copied = 0
-    total = sum(parameter.nbytes for parameter in parameters.values())
+    sizes = {
+        match.name: _loaded_bytes(match, parameters[match.name], keep_packed) for match in described.matches.matches
+    }
+    total = sum(sizes.values())
     progress(0, total)
-    tensors: Counter[tuple[str, torch.dtype]] = Counter()
-    for match in described.matches.matches:
-        wanted = parameters[match.name].dtype
-        if _is_mappable(match, wanted, device):
-            value = _map(source, match, wanted)
-            mapped += value.nbytes
-        else:
-            value = _convert(source, match, wanted).to(device)
-            copied += value.nbytes
-        _assign(decoder, match.name, value)
-        tensors.update((tensor.format, wanted) for tensor in match.stored)
-        progress(mapped + copied, total)
+    tensors: Counter[tuple[str, torch.dtype | None]] = Counter()
+    with (open_kept(source) if keep_packed else None) or nullcontext() as kept:
+        room = iter(_packed_room(described, sizes) if keep_packed and not kept else ())
+        for match in described.matches.matches:
+            wanted = parameters[match.name].dtype
+            is_packed = keep_packed and is_packable(match)
+            value: Weight
+            if is_packed and kept:
+                value, is_mapped = kept_weight(kept, match), True
+            elif is_packed:
+                value, is_mapped = pack_weight(source, match, out=next(room)), False
+            elif _is_mappable(match, wanted, device):
+                value, is_mapped = _map(source, match, wanted), True
+            else:
+                value, is_mapped = _convert(source, match, wanted).to(device), False
+            mapped, copied = mapped + is_mapped * value.nbytes, copied + (not is_mapped) * value.nbytes
+            _assign(decoder, match.name, value)
+            tensors.update((tensor.format, None if is_packed else wanted) for tensor in match.stored)
+            progress(mapped + copied, total)
     decoder.tie_embeddings()
     if described.matches.repeated_head:
         _check_repeated_head(source, described.names)
@@ -185,25 +202,35 @@ def load_decoder(
     )
 
 
+def _packed_room(described: Described, sizes: Mapping[str, int]) -> Sequence[Tensor]:
+    """Return room for each packed weight, all in one piece, which the system can back with large pages."""
+    wanted = [sizes[match.name] for match in described.matches.matches if is_packable(match)]
+    return large_bytes(sum(wanted)).split(wanted)
+
+
 def _check_room(
     described: Described,
     parameters: Mapping[str, Tensor],
     *,
     device: torch.device,
+    keep_packed: bool,
     memory_bytes: int,
 ) -> None:
     """Refuse what would end in the system killing this process."""
-    copied = (
-        parameters[match.name]
+    needed = sum(
+        _loaded_bytes(match, parameters[match.name], keep_packed)
         for match in described.matches.matches
         if not _is_mappable(match, parameters[match.name].dtype, device)
     )
-    needed = sum(parameter.nbytes for parameter in copied)
     if needed > memory_bytes:
         raise BadInput(
             f"the weights need {needed:,} bytes of memory, {memory_bytes:,} are free on {device}",
             hint="a smaller dtype takes less; `freehold inspect` says what fits",
         )
+
+
+def _loaded_bytes(match: Match, parameter: Tensor, keep_packed: bool) -> int:
+    return packed_size(match) if keep_packed and is_packable(match) else parameter.nbytes
 
 
 def _is_mappable(match: Match, dtype: torch.dtype, device: torch.device) -> bool:
@@ -263,9 +290,9 @@ def _check_range(tensor: StoredTensor, value: Tensor) -> None:
         raise BadRequest(f"{tensor.name} has values that float16 cannot hold", hint="use bfloat16 or float32")
 
 
-def _assign(decoder: Decoder, name: str, value: Tensor) -> None:
+def _assign(decoder: Decoder, name: str, value: Weight) -> None:
     owner, _, leaf = name.rpartition(".")
-    setattr(decoder.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    set_weight(decoder.get_submodule(owner), leaf, value)
 
 
 def _check_repeated_head(source: Source, names: TensorNames) -> None:

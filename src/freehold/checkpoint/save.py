@@ -41,8 +41,10 @@ def save_checkpoint(
     """Write a checkpoint that Freehold and transformers load, in the names of the family's published files.
 
     config: the config.json that described the decoder. write_text_files: puts tokenizer and template there.
-    Raises: BadInput where something is at `folder` already, or where the disk has too little room.
+    Raises: BadInput where something is at `folder` already, the disk has too little room, or weights are packed.
     """
+    if decoder.packed_weights():
+        raise BadInput("packed weights are not saved as tensors", hint="load the model with a dtype of its own")
     names = family.tensor_names(decoder.spec, ())
     with _new_folder(folder, _stored_bytes(decoder)) as partial:
         _write_config(partial, decoder, config)

@@ -54,7 +54,8 @@ def convert(
         )
     with waiting("Taking digests"):
         sha256 = {file.name: digest_files([file]) for file in sorted(dest.iterdir())}
-    counts = sorted((stored, dtype_name(kept), count) for (stored, kept), count in converted.report.tensors.items())
+    became = [(stored, kept, count) for (stored, kept), count in converted.report.tensors.items() if kept is not None]
+    counts = sorted((stored, dtype_name(kept), count) for stored, kept, count in became)
     changes = [_change(stored, kept, count, loss_of(stored, parse_dtype(kept))) for stored, kept, count in counts]
     written = next(short for short, name in DTYPE_NAMES.items() if name == dtype_name(converted.dtype))
     notes = list(converted.report.notes)

@@ -80,7 +80,7 @@ def look_into(path: Path) -> Inspection:
     """Return what the headers of a checkpoint say, or its config.json where that alone is given."""
     from freehold.checkpoint.dtypes import parse_dtype
     from freehold.checkpoint.load import open_described
-    from freehold.engine.plan import count_parts, need_of
+    from freehold.engine.plan import count_parts, need_as_stored, need_of
 
     described: Described | None = None
     if path.name == "config.json":
@@ -89,13 +89,15 @@ def look_into(path: Path) -> Inspection:
         source, described = open_described(path)
         source.close()
         family, spec = described.family.name, described.spec
+    needs = [need_of(spec, parse_dtype(options.DTYPE_NAMES[dtype])) for dtype in PLANNED]
+    as_stored = need_as_stored(described) if described else None
     return Inspection(
         file=path.resolve().name if described else path.resolve().parent.name,
         family=family,
         spec=spec,
         parts=count_parts(spec, described),
         formats=_bytes_by_format(described) if described else {},
-        needs=[need_of(spec, parse_dtype(options.DTYPE_NAMES[dtype])) for dtype in PLANNED],
+        needs=[as_stored, *needs] if as_stored else needs,
         notes=described.notes if described else ("a config without weights: nothing was matched",),
     )
 

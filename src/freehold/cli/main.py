@@ -13,11 +13,13 @@ from typing import Annotated, NoReturn
 import typer
 
 import freehold
+from freehold.cli.bench import bench
 from freehold.cli.chat import chat
 from freehold.cli.check import check
 from freehold.cli.convert import convert
 from freehold.cli.fetch import fetch
 from freehold.cli.inspect import inspect
+from freehold.cli.pack import pack
 from freehold.cli.report import exit_code_of
 from freehold.cli.run import run
 from freehold.cli.terminal import show_line
@@ -31,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
 )
-for command in (run, chat, fetch, inspect, convert, check):
+for command in (run, chat, fetch, inspect, convert, pack, check, bench):
     app.command()(command)
 
 

@@ -9,6 +9,8 @@ Dtype = Literal["bf16", "f16", "f32"]
 # Short for the names of checkpoint/dtypes.py.
 DTYPE_NAMES: dict[Dtype, str] = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
+MAX_THREADS = 255  # as many as the kernels' pool takes (native/pool.h)
+
 ModelName = Annotated[
     str,
     typer.Argument(
@@ -40,13 +42,19 @@ LoadDtype = Annotated[
     Dtype | None,
     typer.Option(
         "--dtype",
-        help="What the weights are held and computed in. Without it the stored one if the weights are plain; "
-        "for quantized weights f32 on a CPU, which keeps their values, and bf16 elsewhere.",
+        help="What the weights are held in. Without it the stored one if the weights are plain; quantized weights stay "
+        "as they are stored on a CPU, and become bf16 elsewhere.",
         show_default=False,
     ),
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads. Without it, as many as torch chooses.", show_default=False)
+    int | None,
+    typer.Option(
+        min=1,
+        max=MAX_THREADS,
+        help="CPU threads. Without it, one for each core that this process may use.",
+        show_default=False,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 NewFolder = Annotated[

@@ -8,11 +8,11 @@ from torch import Tensor
 from freehold.engine.request import SamplingParams
 from freehold.errors import BadInput, BadRequest
 from freehold.models.decoder import Decoder
-from freehold.models.layout import Capacity, Layout, PagedKV, State
+from freehold.models.layout import Capacity, Layout, PagedKV, State, States
 from freehold.ops.sampling import penalize, sample, uniform_draw
 
 PREFILL_TOKENS = 512  # at once: bounds the memory of a step, and how long Ctrl-C waits
-FIRST_ROOM_TOKENS = 256  # that a sequence's page has beyond its prompt; it doubles when full
+PAGE_SIZE = 256  # tokens; a sequence has twice as many pages whenever it has filled them
 
 
 class Continuation:
@@ -20,10 +20,12 @@ class Continuation:
 
     def __init__(self, decoder: Decoder, room_tokens: int):
         self._decoder = decoder
-        self._room_tokens = room_tokens
         self._num_tokens = 0
+        self._num_pages = -(-room_tokens // PAGE_SIZE)
         with torch.inference_mode():
-            self._states = decoder.allocate_states(Capacity(num_slots=1, num_pages=1, page_size=room_tokens))
+            self._states = decoder.allocate_states(
+                Capacity(num_slots=1, num_pages=self._num_pages, page_size=PAGE_SIZE)
+            )
 
     @torch.inference_mode()
     def read(self, tokens: Sequence[int]) -> Tensor:
@@ -35,26 +37,31 @@ class Continuation:
 
     def _step(self, tokens: Sequence[int]) -> Tensor:
         """Return the last hidden state [D]."""
-        while self._num_tokens + len(tokens) > self._room_tokens:
-            self._room_tokens *= 2
-            self._states = [_with_room(state, self._room_tokens) for state in self._states]
+        while self._num_tokens + len(tokens) > self._num_pages * PAGE_SIZE:
+            self._num_pages *= 2
+            self._states = States(_with_pages(state, self._num_pages) for state in self._states)
         device = self._decoder.device
         layout = Layout.step(
-            [len(tokens)], [self._num_tokens], slots=[0], pages=[[0]], page_size=self._room_tokens, device=device
+            [len(tokens)],
+            [self._num_tokens],
+            slots=[0],
+            pages=[range(self._num_pages)],
+            page_size=PAGE_SIZE,
+            device=device,
         )
         hidden_TD = self._decoder(torch.tensor(tokens, device=device), layout, self._states)
         self._num_tokens += len(tokens)
         return hidden_TD[-1]
 
 
-def _with_room(state: State, room_tokens: int) -> State:
-    """Return the state with its one page grown to `room_tokens`."""
+def _with_pages(state: State, num_pages: int) -> State:
+    """Return the state with its pool grown to `num_pages`."""
     if not isinstance(state, PagedKV):
         return state
 
-    def grown(page: Tensor) -> Tensor:
-        larger = page.new_empty(1, room_tokens, *page.shape[2:])
-        larger[:, : page.shape[1]] = page
+    def grown(pool: Tensor) -> Tensor:
+        larger = pool.new_empty(num_pages, *pool.shape[1:])
+        larger[: len(pool)] = pool
         return larger
 
     return PagedKV(key_pages=grown(state.key_pages), value_pages=grown(state.value_pages))
@@ -78,7 +85,7 @@ def generate(
     stops = {*stop_ids, *sampling.stop_ids}
     room = decoder.spec.max_positions - len(prompt)
     num_tokens = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
-    continuation = Continuation(decoder, room_tokens=len(prompt) + FIRST_ROOM_TOKENS)
+    continuation = Continuation(decoder, room_tokens=len(prompt) + PAGE_SIZE)
     logits_V = continuation.read(prompt)
     answer: list[int] = []
     while True:

@@ -21,7 +21,7 @@ from freehold.engine.request import SamplingParams
 from freehold.errors import BadInput, BadRequest, UnsupportedModel
 from freehold.models.decoder import Decoder
 from freehold.models.layout import Layout
-from freehold.ops.native import native_report
+from freehold.ops.native import kernels, native_report
 from freehold.settings import Settings
 from freehold.text.answer import AnswerParser, Piece, ToolCallPiece, join_pieces
 from freehold.text.stream import Detokenizer, StopStrings
@@ -213,7 +213,8 @@ def load(
     """Return a model, ready to run.
 
     model: a folder, a .safetensors or .gguf file, or a name of the catalogue that `freehold fetch` has fetched.
-    dtype: "float32", "bfloat16" or "float16"; None takes the stored one, see `default_dtype`.
+    dtype: "float32", "bfloat16" or "float16"; None takes the stored one, see `default_dtype`, and on a CPU keeps
+        quantized weights at the width they are stored at.
     progress: called with bytes loaded so far and bytes in all.
     Raises: BadInput and its kinds, each with one clear line.
     """
@@ -224,7 +225,13 @@ def load(
         chosen = parse_dtype(dtype) if dtype else default_dtype(described, target)
         free = memory_of(target).available_bytes
         decoder, report = load_decoder(
-            source, described, dtype=chosen, device=target, memory_bytes=free, progress=progress
+            source,
+            described,
+            dtype=chosen,
+            device=target,
+            keep_packed=dtype is None and target.type == "cpu" and kernels() is not None,
+            memory_bytes=free,
+            progress=progress,
         )
     return Model(decoder, described, text=text, report=report, files=source.files)
 

@@ -4,11 +4,12 @@ Everything is counted from a spec and from headers; no weight is read. Not here:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from freehold.checkpoint.load import Described
+from freehold.checkpoint.pack import is_packable, packed_size
 from freehold.models.decoder import Decoder, build_decoder
 from freehold.models.layout import kv_bytes_per_token, recurrent_bytes_per_sequence
 from freehold.models.spec import AttentionSpec, DecoderSpec, Mamba2Spec, MoeSpec
@@ -129,6 +130,16 @@ def need_of(spec: DecoderSpec, dtype: torch.dtype) -> Need:
         recurrent_bytes_per_sequence=recurrent_bytes_per_sequence(spec.blocks, dtype),
         kv_bytes_per_token=kv_bytes_per_token(spec.blocks, dtype),
     )
+
+
+def need_as_stored(described: Described) -> Need | None:
+    """Return what a model takes whose quantized weights stay as they are stored, None where it has none."""
+    matches = described.matches.matches
+    if not any(is_packable(match) for match in matches):
+        return None
+    need = need_of(described.spec, torch.float32)
+    saved = sum(match.parameter.nbytes - packed_size(match) for match in matches if is_packable(match))
+    return replace(need, dtype="as stored", weight_bytes=need.weight_bytes - saved)
 
 
 def contexts_up_to(max_positions: int) -> list[int]:

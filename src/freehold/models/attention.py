@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from freehold.models.layout import Layout, PagedKV
 from freehold.models.linear import Linear
 from freehold.models.spec import AttentionSpec, Llama3Scaling, RopeSpec, YarnScaling
-from freehold.ops.attention import attention, attention_paged, write_pages
+from freehold.ops.attention import attention, attention_paged, write_keys, write_values
+from freehold.ops.mixers import Norm, Program, can_attend, can_run
 from freehold.ops.rope import llama3_frequencies, rope_frequencies, rotate, yarn_frequencies
+from freehold.ops.weight import Weight
 
 MIN_TABLE_POSITIONS = 2048
 
@@ -37,20 +39,59 @@ class Attention(nn.Module):
         if state is None:
             mixed_THK = attention(q_THK, k_TJK, v_TJK, spans=layout.spans)
         else:
-            write_pages(state.key_pages, k_TJK, layout.rows_T)
-            write_pages(state.value_pages, v_TJK, layout.rows_T)
+            write_keys(state.key_pages, k_TJK, layout.rows_T)
+            write_values(state.value_pages, v_TJK, layout.rows_T)
             mixed_THK = attention_paged(
                 q_THK, state.key_pages, state.value_pages, spans=layout.spans, ends=layout.ends, pages=layout.pages
             )
         return self.o_proj(mixed_THK.reshape(len(hidden_TD), -1))
 
+    def is_native(self) -> bool:
+        """Return whether kernels can take this mixer."""
+        biases = (self.q_proj.bias, self.k_proj.bias, self.v_proj.bias)
+        same_biases = len({bias.dtype for bias in biases if bias is not None}) <= 1
+        return can_attend(self.spec.head_dim) and same_biases and can_run((*self._qkv(), self.o_proj.weight, *biases))
+
+    def add_to(self, program: Program, norm: Norm, state: PagedKV) -> None:
+        """Add this mixer's block to a program. Mutates: program."""
+        spec, rotation = self.spec, None
+        if spec.rope is not None:
+            num_positions = _table_size(state.num_tokens)
+            rotation = _native_table(spec.rope, spec.head_dim, num_positions, state.key_pages.dtype)
+        program.add_attention(
+            norm,
+            qkv=self._qkv(),
+            biases=(self.q_proj.bias, self.k_proj.bias, self.v_proj.bias),
+            output=self.o_proj.weight,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            rotation=rotation,
+            key_pages=state.key_pages,
+            value_pages=state.value_pages,
+        )
+
+    def _qkv(self) -> tuple[Weight, Weight, Weight]:
+        return self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
+
 
 def _angles(rope: RopeSpec, head_dim: int, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of each token's position, [T, K], from a table that doubles as contexts grow."""
-    num_positions = max(MIN_TABLE_POSITIONS, 1 << (max(layout.ends) - 1).bit_length())
-    table = _rotation_table(rope, head_dim, num_positions, layout.positions_T.device, dtype)
+    table = _rotation_table(rope, head_dim, _table_size(max(layout.ends)), layout.positions_T.device, dtype)
     cos_TK, sin_TK = table[:, layout.positions_T]
     return cos_TK, sin_TK
+
+
+def _table_size(num_positions: int) -> int:
+    return max(MIN_TABLE_POSITIONS, 1 << (num_positions - 1).bit_length())
+
+
+@lru_cache(maxsize=8)
+def _native_table(rope: RopeSpec, head_dim: int, num_positions: int, dtype: torch.dtype) -> Tensor:
+    """Return the rotation table as kernels read it: float32 [positions, K], K / 2 cosines, then K / 2 sines."""
+    cos, sin = _rotation_table(rope, head_dim, num_positions, torch.device("cpu"), dtype)
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.cat((cos[:, : head_dim // 2], sin[:, : head_dim // 2]), dim=1).float().contiguous()
 
 
 @lru_cache(maxsize=8)

@@ -4,11 +4,14 @@ import torch
 from torch import Tensor, nn
 
 from freehold.models.attention import Attention
-from freehold.models.layout import Layout, State
+from freehold.models.layout import Layout, State, allocate_state
 from freehold.models.mamba2 import Mamba2
 from freehold.models.mlp import GatedMlp, SquaredReluMlp, build_mlp
 from freehold.models.moe import Moe
 from freehold.models.spec import AttentionSpec, BlockSpec, Mamba2Spec, MlpSpec, MoeSpec
+from freehold.ops.gradient import wants_gradient, with_reference_gradient
+from freehold.ops.mixers import Norm, Program
+from freehold.ops.native import is_native
 from freehold.ops.norm import NormOrder, rms_norm
 
 Mixer = Attention | Mamba2 | GatedMlp | SquaredReluMlp | Moe
@@ -31,13 +34,50 @@ class Block(nn.Module):
 
     def __init__(self, spec: BlockSpec, width: int, *, norm_eps: float, norm_order: NormOrder):
         super().__init__()
+        self.spec = spec
         self.norm = RmsNorm(width, norm_eps, norm_order)
         self.mixer = build_mixer(spec, width)
 
     def forward(self, hidden_TD: Tensor, layout: Layout, state: State) -> Tensor:
-        """Return the block's output [T, D]. Mutates: `state`."""
+        """Return the block's output [T, D], by the kernels where they can take it.
+
+        Mutates: `state`; hidden_TD too, where no gradient is wanted.
+        """
+        if not (is_native(hidden_TD) and self.is_native()):
+            return self.reference(hidden_TD, layout, state)
+        parameters = tuple(self.parameters())
+        if not wants_gradient(hidden_TD, *parameters):
+            return self._run(hidden_TD, layout, state)
+        assert state is None, "states carry no gradient"
+        return with_reference_gradient(
+            lambda hidden_TD, *parameters: self._run(hidden_TD.detach().clone(), layout, None),
+            lambda hidden_TD, *parameters: self.reference(hidden_TD, layout, None),
+            hidden_TD,
+            *parameters,
+        )
+
+    def reference(self, hidden_TD: Tensor, layout: Layout, state: State) -> Tensor:
+        """Return the block's output [T, D] as its ops give it one by one: the twin of the native call."""
         mixed_TD = self.mixer(self.norm(hidden_TD), layout, state)
         return hidden_TD + mixed_TD if mixed_TD.requires_grad else mixed_TD.add_(hidden_TD)
+
+    def is_native(self) -> bool:
+        """Return whether kernels can take this block."""
+        return is_native(self.norm.weight) and self.mixer.is_native()
+
+    def add_to(self, program: Program, state: State) -> None:
+        """Add this block to a program. Mutates: program."""
+        norm = Norm(weight_D=self.norm.weight, eps=self.norm.eps, order=self.norm.order)
+        self.mixer.add_to(program, norm, state)  # type: ignore[arg-type]  # a block's state is of its mixer's kind
+
+    def _run(self, hidden_TD: Tensor, layout: Layout, state: State) -> Tensor:
+        if state is None and not layout.page_size:
+            layout = layout.with_own_states
+            state = allocate_state(self.spec, layout.own_capacity, dtype=hidden_TD.dtype, device="cpu")
+        program = Program()
+        self.add_to(program, state)
+        program.run(hidden_TD, layout.batch)
+        return hidden_TD
 
 
 def build_mixer(spec: BlockSpec, width: int) -> Mixer:

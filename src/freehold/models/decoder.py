@@ -1,16 +1,19 @@
 """The one decoder of all families: embeddings, residual blocks, a final norm, an output head."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from freehold.models.block import Block, RmsNorm
-from freehold.models.layout import Capacity, Layout, State, allocate_states
-from freehold.models.linear import Linear
+from freehold.models.layout import Capacity, Layout, State, States, allocate_states
+from freehold.models.linear import Embedding, Linear, set_weight
 from freehold.models.mtp import Mtp
 from freehold.models.spec import DecoderSpec
+from freehold.ops.mixers import Program
+from freehold.ops.native import is_native
+from freehold.ops.weight import Packed
 
 
 class Decoder(nn.Module):
@@ -19,7 +22,7 @@ class Decoder(nn.Module):
     def __init__(self, spec: DecoderSpec):
         super().__init__()
         self.spec = spec
-        self.embeddings = nn.Embedding(spec.vocab_size, spec.width, _weight=torch.empty(spec.vocab_size, spec.width))
+        self.embeddings = Embedding(spec.vocab_size, spec.width)
         self.blocks = nn.ModuleList(
             Block(block, spec.width, norm_eps=spec.norm_eps, norm_order=spec.norm_order) for block in spec.blocks
         )
@@ -30,34 +33,62 @@ class Decoder(nn.Module):
 
     def tie_embeddings(self) -> None:
         """Make the output head share the embeddings' weight, where the spec says so."""
-        if self.spec.tied_embeddings:
-            self.lm_head.weight = cast(nn.Parameter, self.embeddings.weight)
+        if self.spec.tied_embeddings and self.lm_head.weight is not self.embeddings.weight:
+            set_weight(self.lm_head, "weight", self.embeddings.weight)
 
     def forward(self, tokens_T: Tensor, layout: Layout, states: Sequence[State] | None = None) -> Tensor:
         """Return the hidden states after the final norm, [T, D].
 
         Mutates: `states`, one entry per block; without them every sequence starts anew and nothing is kept.
         """
-        hidden_TD = self.embeddings(tokens_T)
-        for block, state in zip(self.blocks, states or [None] * len(self.blocks), strict=True):
-            hidden_TD = block(hidden_TD, layout, state)
+        hidden_TD = self.embeddings(tokens_T).to(self.dtype)  # rows of a packed table come in float32
+        if isinstance(states, States) and (program := self._program(states, hidden_TD)):
+            program.run(hidden_TD, layout.batch)
+        else:
+            for block, state in zip(self.blocks, states or [None] * len(self.blocks), strict=True):
+                hidden_TD = block(hidden_TD, layout, state)
         return self.norm(hidden_TD)
+
+    def is_native(self) -> bool:
+        """Return whether the kernels can take every block: then results are the same bits in any company."""
+        blocks = cast(Iterable[Block], self.blocks)
+        return is_native(self.norm.weight) and all(block.is_native() for block in blocks)
+
+    def _program(self, states: States, hidden_TD: Tensor) -> Program | None:
+        """Return the blocks as one call over these states, None where the kernels cannot take them or a gradient may be
+        wanted."""
+        if torch.is_grad_enabled() or not is_native(hidden_TD):
+            return None
+        if states.program is None and self.is_native():
+            states.program = Program()
+            for block, state in zip(cast(Iterable[Block], self.blocks), states, strict=True):
+                block.add_to(states.program, state)
+        return states.program
+
+    def packed_weights(self) -> dict[str, Packed]:
+        """Return the weights that are packed, by the names that their parameters would have; a tied head once."""
+        return {
+            f"{path}.{name}": value
+            for path, module in self.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, Packed) and not (path == "lm_head" and self.spec.tied_embeddings)
+        }
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Return float32 logits [T, V] of hidden states after the final norm."""
         return self.lm_head(hidden_TD).float()
 
-    def allocate_states(self, capacity: Capacity) -> list[State]:
+    def allocate_states(self, capacity: Capacity) -> States:
         """Return fresh states for this model, in its dtype and on its device."""
         return allocate_states(self.spec.blocks, capacity, dtype=self.dtype, device=self.device)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embeddings.weight.dtype
+        return self.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.embeddings.weight.device
+        return self.norm.weight.device
 
 
 def build_decoder(spec: DecoderSpec, *, dtype: torch.dtype) -> Decoder:

@@ -4,7 +4,7 @@ Belongs here: `Layout`, `PagedKV`, `Recurrent`, and what allocates and measures 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from freehold.models.spec import AttentionSpec, BlockSpec, Mamba2Spec
+from freehold.ops.attention import KEY_LANES, PAGE_TOKENS
+from freehold.ops.mixers import Program
+from freehold.ops.native import Batch
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,14 +28,14 @@ class Layout:
 
     starts: first token of each sequence, and the end of the last: B + 1 integers.
     contexts: tokens that each sequence already has in the states: B integers, all zero without state.
-    positions_T: position of each token in its sequence, int64, on the model's device.
+    device: the model's.
     slots, pages, page_size: for a step with state, which entry of each `Recurrent` and which pages of each `PagedKV`
         belong to each sequence, pages in order of position, and how many tokens a page holds.
     """
 
     starts: tuple[int, ...]
     contexts: tuple[int, ...]
-    positions_T: Tensor
+    device: torch.device | str = "cpu"
     slots: tuple[int, ...] = ()
     pages: tuple[tuple[int, ...], ...] = ()
     page_size: int = 0
@@ -41,8 +44,7 @@ class Layout:
     def packed(lengths: Sequence[int], device: torch.device | str = "cpu") -> "Layout":
         """Return the layout of whole sequences without state, as in training or a single scoring pass."""
         assert min(lengths, default=0) > 0, "there is a sequence, and every one has at least one token"
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        return Layout(starts=(0, *accumulate(lengths)), contexts=(0,) * len(lengths), positions_T=positions.to(device))
+        return Layout(starts=(0, *accumulate(lengths)), contexts=(0,) * len(lengths), device=device)
 
     @staticmethod
     def step(
@@ -59,11 +61,10 @@ class Layout:
         ends = [context + length for context, length in zip(contexts, lengths, strict=True)]
         owned = [page_size * len(row) for row in pages]
         assert all(end <= size for end, size in zip(ends, owned, strict=True)), "a sequence outgrows its pages"
-        positions = torch.cat([torch.arange(start, end) for start, end in zip(contexts, ends, strict=True)])
         return Layout(
             starts=(0, *accumulate(lengths)),
             contexts=tuple(contexts),
-            positions_T=positions.to(device),
+            device=device,
             slots=tuple(slots),
             pages=tuple(tuple(row) for row in pages),
             page_size=page_size,
@@ -93,9 +94,45 @@ class Layout:
         return tuple(pairwise(self.starts))
 
     @cached_property
+    def positions_T(self) -> Tensor:
+        """Position of each token in its sequence, int64, on the model's device."""
+        runs = [torch.arange(start, end) for start, end in zip(self.contexts, self.ends, strict=True)]
+        return torch.cat(runs).to(self.device)
+
+    @cached_property
     def slots_B(self) -> Tensor:
         """The slots as a tensor on the model's device."""
-        return torch.tensor(self.slots, device=self.positions_T.device)
+        return torch.tensor(self.slots, device=self.device)
+
+    @cached_property
+    def batch(self) -> Batch:
+        """This layout as kernels read it."""
+        return Batch(
+            starts=self.starts,
+            contexts=self.contexts,
+            slots=self.slots,
+            pages=self.pages,
+            page_size=self.page_size,
+        )
+
+    @cached_property
+    def with_own_states(self) -> "Layout":
+        """This layout of whole sequences, with pages and slots for states that live as long as one block runs.
+
+        Kernels know one way to meet keys and values, through pages, with state and without.
+        """
+        assert not any(self.contexts), "a sequence that goes on has states already"
+        counts = [-(-end // PAGE_TOKENS) for end in self.ends]
+        firsts = [0, *accumulate(counts)]
+        pages = tuple(tuple(range(first, first + count)) for first, count in zip(firsts, counts, strict=False))
+        slots = tuple(range(self.num_sequences))
+        return replace(self, slots=slots, pages=pages, page_size=PAGE_TOKENS)
+
+    @property
+    def own_capacity(self) -> "Capacity":
+        """The states that `with_own_states` counts on."""
+        num_pages = sum(map(len, self.pages))
+        return Capacity(num_slots=self.num_sequences, num_pages=num_pages, page_size=self.page_size)
 
     @cached_property
     def rows_T(self) -> Tensor:
@@ -105,25 +142,31 @@ class Layout:
             for b in range(self.num_sequences)
             for position in range(self.contexts[b], self.ends[b])
         ]
-        return torch.tensor(rows, device=self.positions_T.device)
+        return torch.tensor(rows, device=self.device)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PagedKV:
     """Keys and values of one attention block, in pages that sequences own through `Layout.pages`.
 
-    Shapes: key_pages and value_pages [pages, page_size, J, K].
+    Shapes: key_pages [pages, J, page_size / 16, K, 16], sixteen keys side by side;
+        value_pages [pages, J, page_size, K].
     """
 
     key_pages: Tensor
     value_pages: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that all pages have room for."""
+        return self.value_pages.shape[0] * self.value_pages.shape[2]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recurrent:
     """State of one Mamba-2 block: the last W-1 rows before the convolution, and the SSM state.
 
-    Shapes: conv_tail [slots, W-1, C] in the model's dtype, ssm [slots, H, P, N].
+    Shapes: conv_tail [slots, W-1, C] in the model's dtype, ssm [slots, H, N, P].
     Precision: ssm is float32, for it is a running sum over the whole sequence.
     """
 
@@ -134,6 +177,16 @@ class Recurrent:
 State = PagedKV | Recurrent | None
 
 
+class States(tuple[State, ...]):
+    """The states of a decoder, one entry per block.
+
+    program: the decoder's blocks as one native call over these states, once it has been put together; the weights that
+    the decoder has at that time are those that it keeps using.
+    """
+
+    program: Program | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
     """How much state to allocate: sequences at once, pages for all of them, and tokens per page."""
@@ -142,29 +195,34 @@ class Capacity:
     num_pages: int
     page_size: int
 
+    def __post_init__(self) -> None:
+        assert self.page_size % PAGE_TOKENS == 0, f"a page of {self.page_size} tokens is no multiple of {PAGE_TOKENS}"
+
 
 def allocate_states(
     blocks: Sequence[BlockSpec], capacity: Capacity, *, dtype: torch.dtype, device: torch.device | str
-) -> list[State]:
+) -> States:
     """Return states, one entry per block (None where a block keeps none): recurrent ones zero, pages unwritten."""
+    return States(allocate_state(block, capacity, dtype=dtype, device=device) for block in blocks)
 
-    def allocate(block: BlockSpec) -> State:
-        match block:
-            case AttentionSpec():
-                shape = (capacity.num_pages, capacity.page_size, block.num_kv_heads, block.head_dim)
-                keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-                return PagedKV(key_pages=keys, value_pages=values)
-            case Mamba2Spec():
-                tail = (capacity.num_slots, block.conv_kernel - 1, block.conv_width)
-                ssm = (capacity.num_slots, block.num_heads, block.head_dim, block.state_size)
-                return Recurrent(
-                    conv_tail=torch.zeros(tail, dtype=dtype, device=device),
-                    ssm=torch.zeros(ssm, dtype=torch.float32, device=device),
-                )
-            case _:
-                return None
 
-    return [allocate(block) for block in blocks]
+def allocate_state(block: BlockSpec, capacity: Capacity, *, dtype: torch.dtype, device: torch.device | str) -> State:
+    """Return the state of one block, None where it keeps none."""
+    match block:
+        case AttentionSpec():
+            pool, blocks_per_page = (capacity.num_pages, block.num_kv_heads), capacity.page_size // KEY_LANES
+            keys = torch.empty(*pool, blocks_per_page, block.head_dim, KEY_LANES, dtype=dtype, device=device)
+            values = torch.empty(*pool, capacity.page_size, block.head_dim, dtype=dtype, device=device)
+            return PagedKV(key_pages=keys, value_pages=values)
+        case Mamba2Spec():
+            tail = (capacity.num_slots, block.conv_kernel - 1, block.conv_width)
+            ssm = (capacity.num_slots, block.num_heads, block.state_size, block.head_dim)
+            return Recurrent(
+                conv_tail=torch.zeros(tail, dtype=dtype, device=device),
+                ssm=torch.zeros(ssm, dtype=torch.float32, device=device),
+            )
+        case _:
+            return None
 
 
 def kv_bytes_per_token(blocks: Sequence[BlockSpec], dtype: torch.dtype) -> int:

@@ -3,11 +3,27 @@
 import torch
 from torch import Tensor, nn
 
-from freehold.ops.linear import linear
+from freehold.ops.linear import embed, linear
+from freehold.ops.weight import Packed, Weight
+
+
+class Embedding(nn.Module):
+    """Rows of a table [V, D], uninitialised."""
+
+    weight: Weight
+
+    def __init__(self, num_rows: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, width))
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        return embed(tokens_T, self.weight)
 
 
 class Linear(nn.Module):
     """hidden @ weight.T + bias, uninitialised: weights come from a checkpoint or from an initialiser."""
+
+    weight: Weight
 
     def __init__(self, in_width: int, out_width: int, *, has_bias: bool = False):
         super().__init__()
@@ -23,3 +39,12 @@ def float32_parameter(*shape: int) -> nn.Parameter:
     parameter = nn.Parameter(torch.empty(*shape, dtype=torch.float32))
     parameter.stays_float32 = True  # type: ignore[attr-defined]
     return parameter
+
+
+def set_weight(owner: nn.Module, name: str, weight: Weight) -> None:
+    """Put a weight in the place of a module's parameter. Mutates: owner; a packed weight is no parameter any more."""
+    if isinstance(weight, Packed):
+        delattr(owner, name)
+    elif not isinstance(weight, nn.Parameter):
+        weight = nn.Parameter(weight, requires_grad=False)
+    setattr(owner, name, weight)

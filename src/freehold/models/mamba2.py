@@ -10,6 +10,7 @@ from freehold.models.layout import Layout, Recurrent
 from freehold.models.linear import Linear, float32_parameter
 from freehold.models.spec import Mamba2Spec
 from freehold.ops.conv import causal_conv, causal_conv_step
+from freehold.ops.mixers import Norm, Program, can_run, can_scan
 from freehold.ops.norm import gated_group_rms_norm
 from freehold.ops.ssm import scan, scan_step, step_sizes
 
@@ -61,14 +62,50 @@ class Mamba2(nn.Module):
         )
         return self.out_proj(normed_TI)
 
+    def is_native(self) -> bool:
+        """Return whether kernels can take this mixer."""
+        spec, conv, norm = self.spec, self.conv1d, self.norm
+        weights = (conv.weight, conv.bias, norm.weight)
+        vectors = (self.A_log, self.D, self.dt_bias)
+        return (
+            can_scan(head_dim=spec.head_dim, state_size=spec.state_size, conv_kernel=spec.conv_kernel)
+            and len({weight.dtype for weight in weights}) == 1
+            and all(vector.dtype is torch.float32 for vector in vectors)
+            and can_run((self.in_proj.weight, self.out_proj.weight, *weights, *vectors))
+        )
+
+    def add_to(self, program: Program, norm: Norm, state: Recurrent) -> None:
+        """Add this mixer's block to a program. Mutates: program."""
+        spec = self.spec
+        program.add_mamba2(
+            norm,
+            input=self.in_proj.weight,
+            output=self.out_proj.weight,
+            num_heads=spec.num_heads,
+            head_dim=spec.head_dim,
+            state_size=spec.state_size,
+            num_groups=spec.num_groups,
+            conv_kernel=spec.conv_kernel,
+            norm_eps=spec.norm_eps,
+            step_limit=spec.time_step_limit,
+            conv_weight_CW=self.conv1d.weight,
+            conv_bias_C=self.conv1d.bias,
+            norm_weight_I=self.norm.weight,
+            a_log_H=self.A_log,
+            d_H=self.D,
+            dt_bias_H=self.dt_bias,
+            conv_tail=state.conv_tail,
+            ssm=state.ssm,
+        )
+
     def _mix_step(self, xbc_BC: Tensor, dt_BH: Tensor, layout: Layout, state: Recurrent) -> Tensor:
         slots_B = layout.slots_B
         tail_BYC = state.conv_tail[slots_B]
         xbc_BC, tail_BYC = causal_conv_step(xbc_BC, tail_BYC, self.conv1d.weight, self.conv1d.bias)
         x_BHP, b_BGN, c_BGN = self._split(xbc_BC)
-        y_BHP, ssm_BHPN = scan_step(x_BHP, dt_BH, self._a_H(), b_BGN, c_BGN, self.D, state.ssm[slots_B])
+        y_BHP, ssm_BHPN = scan_step(x_BHP, dt_BH, self._a_H(), b_BGN, c_BGN, self.D, state.ssm[slots_B].mT)
         state.conv_tail.index_copy_(0, slots_B, tail_BYC)
-        state.ssm.index_copy_(0, slots_B, ssm_BHPN)
+        state.ssm.index_copy_(0, slots_B, ssm_BHPN.mT)
         return y_BHP
 
     def _mix_spans(self, xbc_TC: Tensor, dt_TH: Tensor, layout: Layout, state: Recurrent | None) -> Tensor:
@@ -81,7 +118,7 @@ class Mamba2(nn.Module):
             outputs.append(y_LHP)
             if state is not None:
                 state.conv_tail[layout.slots[sequence]] = tail_YC
-                state.ssm[layout.slots[sequence]] = ssm_HPN
+                state.ssm[layout.slots[sequence]] = ssm_HPN.mT
         return torch.cat(outputs)
 
     def _initial_state(
@@ -89,7 +126,7 @@ class Mamba2(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         if state is not None:
             slot = layout.slots[sequence]
-            return state.conv_tail[slot], state.ssm[slot]
+            return state.conv_tail[slot], state.ssm[slot].mT
         spec = self.spec
         tail_YC = like.new_zeros(spec.conv_kernel - 1, spec.conv_width)
         return tail_YC, like.new_zeros(spec.num_heads, spec.head_dim, spec.state_size, dtype=torch.float32)

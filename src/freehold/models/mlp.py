@@ -6,6 +6,8 @@ from torch.nn.functional import relu, silu
 from freehold.models.layout import Layout
 from freehold.models.linear import Linear
 from freehold.models.spec import MlpSpec
+from freehold.ops.mixers import Norm, Program, can_run
+from freehold.ops.weight import Packed
 
 
 class GatedMlp(nn.Module):
@@ -24,6 +26,15 @@ class GatedMlp(nn.Module):
             return self.down_proj(silu(gate_TF) * up_TF)
         return self.down_proj(silu(gate_TF, inplace=True).mul_(up_TF))  # fresh memory costs more than the arithmetic
 
+    def is_native(self) -> bool:
+        """Return whether kernels can take this mixer."""
+        gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+        return isinstance(gate, Packed) == isinstance(up, Packed) and can_run((gate, up, down))
+
+    def add_to(self, program: Program, norm: Norm, state: None) -> None:
+        """Add this mixer's block to a program. Mutates: program."""
+        program.add_mlp(norm, gate=self.gate_proj.weight, up=self.up_proj.weight, down=self.down_proj.weight)
+
 
 class SquaredReluMlp(nn.Module):
     """down(relu(up(x)) ** 2). Paper: So et al., 2021, arXiv 2109.08668, section 4.2."""
@@ -39,6 +50,14 @@ class SquaredReluMlp(nn.Module):
         if up_TF.requires_grad:
             return self.down_proj(relu(up_TF).square())
         return self.down_proj(up_TF.relu_().square_())
+
+    def is_native(self) -> bool:
+        """Return whether kernels can take this mixer."""
+        return can_run((self.up_proj.weight, self.down_proj.weight))
+
+    def add_to(self, program: Program, norm: Norm, state: None) -> None:
+        """Add this mixer's block to a program. Mutates: program."""
+        program.add_mlp(norm, gate=None, up=self.up_proj.weight, down=self.down_proj.weight)
 
 
 def build_mlp(spec: MlpSpec, width: int) -> GatedMlp | SquaredReluMlp:

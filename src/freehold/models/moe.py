@@ -7,7 +7,9 @@ from freehold.models.layout import Layout
 from freehold.models.linear import Linear, float32_parameter
 from freehold.models.mlp import SquaredReluMlp
 from freehold.models.spec import MoeSpec
+from freehold.ops.mixers import MAX_EXPERTS, Norm, Program, can_run
 from freehold.ops.moe import mix_experts, route
+from freehold.ops.weight import Weight, dense
 
 
 class Router(nn.Module):
@@ -21,6 +23,9 @@ class Router(nn.Module):
 
 class Experts(nn.Module):
     """The routed experts' weights, stacked: up [E, F, Z] and down [E, Z, F]."""
+
+    up_proj: Weight
+    down_proj: Weight
 
     def __init__(self, num_experts: int, inner_width: int, width: int):
         super().__init__()
@@ -55,6 +60,46 @@ class Moe(nn.Module):
             scale=spec.scale,
         )
         input_TZ = self.fc1_latent_proj(hidden_TD) if spec.latent_width else hidden_TD
-        mixed_TZ = mix_experts(input_TZ, experts_TX, weights_TX, self.experts.up_proj, self.experts.down_proj)
+        mixed_TZ = mix_experts(
+            input_TZ,
+            experts_TX,
+            weights_TX,
+            dense(self.experts.up_proj, input_TZ.dtype),
+            dense(self.experts.down_proj, input_TZ.dtype),
+        )
         mixed_TD = self.fc2_latent_proj(mixed_TZ) if spec.latent_width else mixed_TZ
         return mixed_TD + self.shared_experts(hidden_TD, layout, state)
+
+    def is_native(self) -> bool:
+        """Return whether kernels can take this mixer."""
+        vectors = (self.gate.weight, self.gate.e_score_correction_bias)
+        is_float32 = all(vector.dtype is torch.float32 for vector in vectors)
+        shared = self.shared_experts
+        matrices = (self.experts.up_proj, self.experts.down_proj, shared.up_proj.weight, shared.down_proj.weight)
+        return is_float32 and self.spec.num_experts <= MAX_EXPERTS and can_run((*matrices, *self._latent(), *vectors))
+
+    def add_to(self, program: Program, norm: Norm, state: None) -> None:
+        """Add this mixer's block to a program. Mutates: program."""
+        spec = self.spec
+        latent_in, latent_out = self._latent()
+        program.add_moe(
+            norm,
+            gate_ED=self.gate.weight,
+            correction_E=self.gate.e_score_correction_bias,
+            num_chosen=spec.num_chosen,
+            num_groups=spec.num_groups,
+            num_chosen_groups=spec.num_chosen_groups,
+            normalize_weights=spec.normalize_weights,
+            scale=spec.scale,
+            up=self.experts.up_proj,
+            down=self.experts.down_proj,
+            shared_up=self.shared_experts.up_proj.weight,
+            shared_down=self.shared_experts.down_proj.weight,
+            latent_in=latent_in,
+            latent_out=latent_out,
+        )
+
+    def _latent(self) -> tuple[Weight | None, Weight | None]:
+        if not self.spec.latent_width:
+            return None, None
+        return self.fc1_latent_proj.weight, self.fc2_latent_proj.weight

@@ -13,13 +13,17 @@ from freehold.models.spec import DecoderSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Transform:
-    """What turns a stored tensor into a parameter, and back; both also run on meta tensors, for the shapes."""
+    """What turns a stored tensor into a parameter, and back; both also run on meta tensors, for the shapes.
+
+    keeps_rows: whether rows are moved at most, each as a whole: then it also holds for rows of a packed format's bytes.
+    """
 
     load: Callable[[Tensor], Tensor]
     save: Callable[[Tensor], Tensor]
+    keeps_rows: bool = False
 
 
-SAME = Transform(load=lambda stored: stored, save=lambda parameter: parameter)
+SAME = Transform(load=lambda stored: stored, save=lambda parameter: parameter, keeps_rows=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +88,7 @@ def interleaved_heads(num_heads: int) -> Transform:
         halves = parameter.unflatten(0, (num_heads, 2, -1))
         return halves.transpose(1, 2).flatten(0, 2)
 
-    return Transform(load=load, save=save)
+    return Transform(load=load, save=save, keeps_rows=True)
 
 
 @dataclass(frozen=True, kw_only=True)

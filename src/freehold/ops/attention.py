@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+KEY_LANES = 16  # keys that lie side by side in a page
+PAGE_TOKENS = 32  # a page holds a multiple of so many tokens
+
 
 def attention(q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, *, spans: Sequence[tuple[int, int]]) -> Tensor:
     """Return causal attention within each span of packed tokens; spans do not see each other.
@@ -32,27 +35,42 @@ def attention_paged(
 ) -> Tensor:
     """Return attention of each span over the first `ends[b]` tokens in its pages, its own tokens the last of them.
 
-    Shapes: key_pages and value_pages [pages, page_size, J, K]; the result is [T, H, K].
+    Shapes: key_pages [pages, J, page_size / 16, K, 16], value_pages [pages, J, page_size, K]; the result is [T, H, K].
     """
     outputs = [
-        attend(q_THK[i:j], _cached(key_pages, row)[:end], _cached(value_pages, row)[:end])
+        attend(q_THK[i:j], read_keys(key_pages, row)[:end], read_values(value_pages, row)[:end])
         for (i, j), end, row in zip(spans, ends, pages, strict=True)
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def write_pages(pages: Tensor, tokens_TJK: Tensor, rows_T: Tensor) -> None:
-    """Write each token's keys or values into its row of the page pool.
+def write_keys(key_pages: Tensor, k_TJK: Tensor, rows_T: Tensor) -> None:
+    """Write each token's keys into its row of the page pool.
 
-    Mutates: pages [pages, page_size, J, K], rows counted over pages and their tokens.
+    Mutates: key_pages [pages, J, page_size / 16, K, 16], rows counted over pages and their tokens.
     """
-    pages.view(-1, *tokens_TJK.shape[1:]).index_copy_(0, rows_T, tokens_TJK)
+    page_size = key_pages.shape[2] * KEY_LANES
+    block_T, lane_T = rows_T % page_size // KEY_LANES, rows_T % KEY_LANES
+    key_pages[rows_T // page_size, :, block_T, :, lane_T] = k_TJK
 
 
-def _cached(pages: Tensor, row: Sequence[int]) -> Tensor:
-    if len(row) == 1:  # a view: no copy where a sequence lives in one page
-        return pages[row[0]]
-    return pages[list(row)].flatten(0, 1)
+def write_values(value_pages: Tensor, v_TJK: Tensor, rows_T: Tensor) -> None:
+    """Write each token's values into its row of the page pool.
+
+    Mutates: value_pages [pages, J, page_size, K], rows counted over pages and their tokens.
+    """
+    page_size = value_pages.shape[2]
+    value_pages[rows_T // page_size, :, rows_T % page_size] = v_TJK
+
+
+def read_keys(key_pages: Tensor, row: Sequence[int]) -> Tensor:
+    """Return the keys [M, J, K] of all tokens that some pages have room for, page after page."""
+    return key_pages[list(row)].permute(0, 2, 4, 1, 3).flatten(0, 2)
+
+
+def read_values(value_pages: Tensor, row: Sequence[int]) -> Tensor:
+    """Return the values [M, J, K] of all tokens that some pages have room for, page after page."""
+    return value_pages[list(row)].transpose(1, 2).flatten(0, 1)
 
 
 def attend(q_LHK: Tensor, k_MJK: Tensor, v_MJK: Tensor) -> Tensor:

@@ -1,12 +1,54 @@
-"""Products with weights that live in the model."""
+"""Products with weights that live in the model, and rows of the embedding table."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
+from freehold.ops.gradient import wants_gradient, with_reference_gradient
+from freehold.ops.native import is_native, kernels
+from freehold.ops.weight import Packed, Weight, dense, matrix_of
 
-def linear(hidden_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+
+def linear_reference(hidden_TD: Tensor, weight: Weight, bias_F: Tensor | None = None) -> Tensor:
     """Return `hidden @ weight.T + bias` in the dtype of `hidden_TD`.
 
     Shapes: [T, D] by [F, D] gives [T, F].
     """
-    return functional.linear(hidden_TD, weight_FD, bias_F)
+    return functional.linear(hidden_TD, dense(weight, hidden_TD.dtype), bias_F)
+
+
+def linear(hidden_TD: Tensor, weight: Weight, bias_F: Tensor | None = None) -> Tensor:
+    """Return `linear_reference` of the same arguments, by the native kernel where it applies.
+
+    Precision: plain weights meet float32 rows, with sums in blocks of 256 columns; packed ones meet rows quantized to
+        int8 in groups of 32, with exact integer sums per group. Either way an output's order of summation depends on D
+        alone. The gradient is the reference's.
+    """
+    if kernels() is None or not is_native(hidden_TD) or matrix_of(weight) is None:
+        return linear_reference(hidden_TD, weight, bias_F)
+    if wants_gradient(hidden_TD, weight, bias_F):
+        return with_reference_gradient(_linear_native, linear_reference, hidden_TD, weight, bias_F)
+    return _linear_native(hidden_TD, weight, bias_F)
+
+
+def _linear_native(hidden_TD: Tensor, weight: Weight, bias_F: Tensor | None) -> Tensor:
+    form, (num_tokens, width) = kernels(), hidden_TD.shape
+    assert form is not None, "the caller has asked"
+    assert weight.shape[-1] == width, f"a weight of {tuple(weight.shape)} for rows of {width}"
+    out_TF = hidden_TD.new_empty(num_tokens, weight.shape[-2])
+    form.linear(
+        torch.get_num_threads(),
+        out_TF.data_ptr(),
+        hidden_TD.data_ptr(),
+        hidden_TD.dtype is torch.bfloat16,
+        num_tokens,
+        matrix_of(weight),
+        0 if bias_F is None else bias_F.data_ptr(),
+        bias_F is not None and bias_F.dtype is torch.bfloat16,
+    )
+    return out_TF
+
+
+def embed(tokens_T: Tensor, weight: Weight) -> Tensor:
+    """Return the rows of an embedding table [V, D] that belong to tokens: [T, D]; float32 where it is packed."""
+    return weight.rows(tokens_T) if isinstance(weight, Packed) else functional.embedding(tokens_T, weight)

@@ -3,13 +3,15 @@
 Belongs here: the references and the choice of kernel. Not here: modules and parameters.
 """
 
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from freehold.ops.native import kernels
+from freehold.ops.gradient import wants_gradient, with_reference_gradient
+from freehold.ops.native import extension, is_native, kernels
 
 NormOrder = Literal["cast_then_multiply", "multiply_then_cast"]
 
@@ -34,33 +36,37 @@ def rms_norm_reference(hidden_TD: Tensor, weight_D: Tensor, *, eps: float, order
 def rms_norm(hidden_TD: Tensor, weight_D: Tensor, *, eps: float, order: NormOrder) -> Tensor:
     """Return `rms_norm_reference` of the same arguments, by the native kernel where it applies.
 
-    The kernel takes contiguous float32 and bfloat16 on the CPU and has no gradient. Its rows have a fixed order of
-    summation: the bits of a row depend on nothing else.
+    The kernel takes contiguous float32 and bfloat16 on the CPU; the gradient is the reference's. Its rows have a fixed
+    order of summation: the bits of a row depend on nothing else.
     """
-    form = kernels()
-    if form is None or not _is_native(hidden_TD) or not _is_native(weight_D):
+    if kernels() is None or not is_native(hidden_TD) or not is_native(weight_D):
         return rms_norm_reference(hidden_TD, weight_D, eps=eps, order=order)
-    if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_D.requires_grad):
-        return rms_norm_reference(hidden_TD, weight_D, eps=eps, order=order)
-    num_tokens, width = hidden_TD.shape
+    native, reference = (partial(norm, eps=eps, order=order) for norm in (_rms_norm_native, rms_norm_reference))
+    if wants_gradient(hidden_TD, weight_D):
+        return with_reference_gradient(native, reference, hidden_TD, weight_D)
+    return native(hidden_TD, weight_D)
+
+
+def _rms_norm_native(hidden_TD: Tensor, weight_D: Tensor, *, eps: float, order: NormOrder) -> Tensor:
+    form, (num_tokens, width) = kernels(), hidden_TD.shape
+    assert form is not None, "the caller has asked"
     assert weight_D.shape == (width,), f"a weight of {tuple(weight_D.shape)} for rows of {width}"
     out_TD = torch.empty_like(hidden_TD)
     form.rms_norm(
         out_TD.data_ptr(),
         hidden_TD.data_ptr(),
-        weight_D.data_ptr(),
+        hidden_TD.dtype is torch.bfloat16,
         num_tokens,
         width,
-        eps,
-        hidden_TD.dtype is torch.bfloat16,
-        weight_D.dtype is torch.bfloat16,
-        order == "cast_then_multiply",
+        native_norm(weight_D, eps=eps, order=order),
     )
     return out_TD
 
 
-def _is_native(tensor: Tensor) -> bool:
-    return tensor.is_cpu and tensor.dtype in (torch.float32, torch.bfloat16) and tensor.is_contiguous()
+def native_norm(weight_D: Tensor, *, eps: float, order: NormOrder) -> Any:
+    """Return a norm as kernels take it; its weight must outlive it."""
+    is_bfloat16 = weight_D.dtype is torch.bfloat16
+    return extension().Norm(weight_D.data_ptr(), is_bfloat16, eps, order == "cast_then_multiply")
 
 
 def gated_group_rms_norm(value_TI: Tensor, gate_TI: Tensor, weight_I: Tensor, *, num_groups: int, eps: float) -> Tensor:

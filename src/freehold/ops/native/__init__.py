@@ -1,57 +1,76 @@
-"""The C++ kernels for CPUs, and which form of them runs: AVX-512, portable, or none.
+"""The C++ kernels for CPUs, and which form of them runs: the best that this machine has, the portable one, or none.
 
-Belongs here: the choice of form and the signatures. Not here: any check of a tensor; the op that calls does that.
-Without the compiled extension (a source tree on the path) every op runs its torch reference.
+Belongs here: the choice of form, and what the extension's objects are made of. Not here: any check of a tensor; the op
+that calls does that. Without the compiled extension (a source tree on the path) every op runs its torch reference.
+
+The calls of a form take addresses of contiguous CPU memory, and objects that hold addresses; native/mixers.h describes
+each. Whoever makes an address keeps its tensor alive for as long as the address is used.
 """
 
+from array import array
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
-from typing import Any, Protocol, cast
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from freehold.settings import Settings
 
-
-class Kernels(Protocol):
-    """What one form offers. Tensors are addresses of contiguous CPU memory; native/*.h describe each kernel."""
-
-    def rms_norm(
-        self,
-        out: int,
-        hidden: int,
-        weight: int,
-        num_tokens: int,
-        width: int,
-        eps: float,
-        hidden_is_bfloat16: bool,
-        weight_is_bfloat16: bool,
-        cast_then_multiply: bool,
-        /,
-    ) -> None: ...
+Form = Any  # an object of the extension, which has no type information
 
 
 @cache
-def forms() -> dict[str, Kernels]:
-    """Return the forms that this build has and this machine runs, by name, best first; none without the extension."""
+def extension() -> Any:
+    """Return the compiled extension, or None where there is none."""
     try:
-        extension: Any = import_module("freehold.ops.native._kernels")
+        return import_module("freehold.ops.native._kernels")
     except ModuleNotFoundError:  # only its absence is forgiven; an extension that fails to load is an error
-        return {}
-    return {
-        name: cast(Kernels, getattr(extension, name)) for name in ("avx512", "portable") if hasattr(extension, name)
-    }
+        return None
 
 
 @cache
-def kernels() -> Kernels | None:
+def forms() -> dict[str, Form]:
+    """Return the forms that this build has and this machine runs, by name, best first; none without the extension."""
+    return {form.name: form for form in extension().forms()} if extension() else {}
+
+
+@cache
+def kernels() -> Form | None:
     """Return the form that the settings choose, or None where the torch references run."""
     return forms().get(native_report())
 
 
 @cache
 def native_report() -> str:
-    """Return the name of what runs: "avx512", "portable" or "off"."""
+    """Return the name of what runs: "avx512vnni", "avx512", "avx2", "portable" or "off"."""
     match Settings().native:
         case "auto":
             return next(iter(forms()), "off")
         case mode:
             return mode if mode in forms() else "off"
+
+
+def is_native(tensor: Tensor) -> bool:
+    """Return whether kernels can take a tensor as it is: on the CPU, float32 or bfloat16, contiguous."""
+    return tensor.is_cpu and tensor.dtype in (torch.float32, torch.bfloat16) and tensor.is_contiguous()
+
+
+class Batch:
+    """How packed tokens divide into sequences, as the kernels read it; `models.layout.Layout` in 32-bit integers."""
+
+    def __init__(
+        self,
+        *,
+        starts: Sequence[int],
+        contexts: Sequence[int],
+        slots: Sequence[int],
+        pages: Sequence[Sequence[int]],
+        page_size: int,
+    ):
+        most = max(map(len, pages), default=0)
+        rows = [page for row in pages for page in (*row, *(0 for _ in range(most - len(row))))]
+        self._arrays = [array("i", values) for values in (starts, contexts, slots, rows)]
+        addresses = [values.buffer_info()[0] for values in self._arrays]
+        self.native = extension().Batch(len(contexts), *addresses, most, page_size)

@@ -1,0 +1,42 @@
+// Causal attention over paged keys and values; the twin is in src/freehold/ops/attention.py.
+//
+// One algorithm for a whole prompt, a chunk of it and a single token, so that all give the same bits: a query meets the
+// keys of its sequence in blocks of KEYS_PER_BLOCK, counted from position 0, and carries a running maximum, a running
+// sum and a running mix from block to block (online softmax: Milakov and Gimelshein, 2018, arXiv 1805.02867).
+#pragma once
+
+#include "batch.h"
+#include "elements.h"
+#include "pool.h"
+
+namespace freehold {
+
+constexpr int KEYS_PER_BLOCK = 32;  // a page holds a whole number of blocks
+constexpr int MAX_HEAD_DIM = 256;   // what the kernel's scratch on the stack has room for
+
+struct Attention {
+  int num_heads;     // H; query head h reads key/value head h / (H / J)
+  int num_kv_heads;  // J
+  int head_dim;      // K, a multiple of 16, at most MAX_HEAD_DIM
+  Batch batch;
+  // [T, (H + 2 J) K]: queries, keys and values of each token side by side, biases added; queries are rotated in place
+  float* qkv;
+  // [positions, K]: per position K / 2 cosines, then K / 2 sines; null where there are no positional encodings
+  const float* rotation;
+  Element page_element;
+  void* key_pages;    // [pages, J, page_size / 16, K, 16]: sixteen keys side by side, so that lanes are keys
+  void* value_pages;  // [pages, J, page_size, K]
+  float* out;         // [T, H K]
+};
+
+#ifdef FREEHOLD_FORM
+namespace FREEHOLD_FORM {
+
+// Two phases of one team, with a barrier between them that the caller puts there. All members call each.
+void rotate_and_write(Team& team, const Attention& attention);
+void attend(Team& team, const Attention& attention);
+
+}  // namespace FREEHOLD_FORM
+#endif
+
+}  // namespace freehold

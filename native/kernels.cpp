@@ -1,0 +1,65 @@
+#include "kernels.h"
+
+#include "attention_mixer.h"
+#include "mamba2_mixer.h"
+#include "mlp.h"
+#include "moe.h"
+
+#define FREEHOLD_QUOTED_AGAIN(name) #name
+#define FREEHOLD_QUOTED(name) FREEHOLD_QUOTED_AGAIN(name)
+
+namespace freehold::FREEHOLD_FORM {
+namespace {
+
+// Copies a row of `width` elements, widening or rounding them.
+void load_row(const void* rows, Element element, std::size_t first, std::size_t width, float* to) {
+  for (std::size_t i = 0; i < width; i += LANES) {
+    const std::size_t count = width - i < LANES ? width - i : LANES;
+    store_first(to + i, load_any(rows, element, first + i, count), count);
+  }
+}
+
+void rms_norm(const Residual& from, void* out) {
+  Scratch& memory = scratch();
+  memory.reset();
+  float* row = memory.take<float>(from.width);
+  for (std::size_t token = 0; token < from.num_tokens; ++token) {
+    normalize_row(from.row(token), from.element, from.width, from.norm, row);
+    for (std::size_t i = 0; i < from.width; i += LANES) {
+      const std::size_t count = from.width - i < LANES ? from.width - i : LANES;
+      store_any(out, from.element, token * from.width + i, load_first(row + i, count), count);
+    }
+  }
+}
+
+void linear(const Linear& call, int num_threads) {
+  Scratch& memory = scratch();
+  memory.reset();
+  const std::size_t width = call.matrix.num_columns, stride = call.matrix.num_rows;
+  const Rows rows = take_rows(memory, call.num_rows, width, !call.matrix.is_plain());
+  run_team(num_threads, [&](Team& team, int) {
+    for_each(team, call.num_rows, 1, [&](std::size_t m) {
+      load_row(call.rows, call.element, m * width, width, rows.row(m));
+      rows.quantize(m);
+    });
+    team.barrier();
+    for_each(team, call.matrix.num_panels(), grain_of(team, call.matrix.num_panels()), [&](std::size_t panel) {
+      multiply_panel(call.matrix, panel, rows.of(call.matrix), rows.num_rows, [&](const PanelOutputs& out) {
+        F32 bias = splat(0.0f);
+        if (call.bias) bias = load_any(call.bias, call.bias_element, out.first_column, out.num_columns);
+        for (std::size_t m = 0; m < out.num_rows; ++m)
+          store_any(call.out, call.element, (out.first_row + m) * stride + out.first_column,
+                    load(out.values + m * PANEL_ROWS) + bias, out.num_columns);
+      });
+    });
+  });
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels mine{FREEHOLD_QUOTED(FREEHOLD_FORM), rms_norm, linear, mlp, attention_mixer, mamba2_mixer, moe};
+  return mine;
+}
+
+}  // namespace freehold::FREEHOLD_FORM

@@ -1,0 +1,198 @@
+"""Residual blocks as native calls, and a list of them as one: hidden = hidden + mixer(norm(hidden)), in place.
+
+The twins are the mixers of `models`, which are put together from the ops beside this file. Belongs here: what a call
+takes, and whether the kernels can take it. Not here: modules, specs, and what to do where they cannot.
+
+Precision of all: float32 inside, rounded where the hidden states and the states of sequences are bfloat16.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freehold.ops.native import Batch, extension, is_native, kernels
+from freehold.ops.norm import NormOrder, native_norm
+from freehold.ops.weight import Packed, Weight, matrix_of
+
+# What native/*.h say of the sizes that kernels take.
+LANES = 16
+MAX_HEAD_DIM = 256
+MAX_TAPS = 8
+MAX_EXPERTS = 1024
+
+
+def can_run(tensors: Sequence[Weight | None]) -> bool:
+    """Return whether there are kernels, and they can take a block's matrices and vectors as they are."""
+    plain = [tensor for tensor in tensors if tensor is not None and not isinstance(tensor, Packed)]
+    return kernels() is not None and all(is_native(tensor) for tensor in plain)
+
+
+class Program:
+    """Blocks in order, added one by one, then run as often as one likes.
+
+    It holds the weights and states that it was given: what is written into those tensors later counts, what is put in
+    their place does not.
+    """
+
+    def __init__(self) -> None:
+        self._native = extension().Program()
+        self._kept: list[Any] = []  # whose addresses the native side has
+
+    def run(self, hidden_TD: Tensor, batch: Batch) -> None:
+        """Run all blocks on hidden states. Mutates: hidden_TD, the states."""
+        num_tokens, width = hidden_TD.shape
+        is_bfloat16 = hidden_TD.dtype is torch.bfloat16
+        self._native.run(
+            kernels(), torch.get_num_threads(), hidden_TD.data_ptr(), is_bfloat16, num_tokens, width, batch.native
+        )
+
+    def add_mlp(self, norm: "Norm", *, gate: Weight | None, up: Weight, down: Weight) -> None:
+        """Add down(silu(gate(x)) * up(x)), or down(relu(up(x)) ** 2) without a gate."""
+        self._native.add_mlp(self._norm(norm), *map(self._matrix, (gate, up, down)))
+
+    def add_attention(
+        self,
+        norm: "Norm",
+        *,
+        qkv: Sequence[Weight],
+        biases: Sequence[Tensor | None],
+        output: Weight,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        rotation: Tensor | None,
+        key_pages: Tensor,
+        value_pages: Tensor,
+    ) -> None:
+        """Add attention over pages, which gain each step's keys and values.
+
+        Shapes: rotation [positions, K], float32: K / 2 cosines, then K / 2 sines; pages as in `ops.attention`.
+        """
+        bias_dtype = next((bias.dtype for bias in biases if bias is not None), torch.float32)
+        self._native.add_attention(
+            self._norm(norm),
+            *map(self._matrix, qkv),
+            *map(self._address, biases),
+            bias_dtype is torch.bfloat16,
+            self._matrix(output),
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            *map(self._address, (rotation, key_pages, value_pages)),
+            key_pages.dtype is torch.bfloat16,
+        )
+
+    def add_mamba2(
+        self,
+        norm: "Norm",
+        *,
+        input: Weight,
+        output: Weight,
+        num_heads: int,
+        head_dim: int,
+        state_size: int,
+        num_groups: int,
+        conv_kernel: int,
+        norm_eps: float,
+        step_limit: tuple[float, float],
+        conv_weight_CW: Tensor,
+        conv_bias_C: Tensor,
+        norm_weight_I: Tensor,
+        a_log_H: Tensor,
+        d_H: Tensor,
+        dt_bias_H: Tensor,
+        conv_tail: Tensor,
+        ssm: Tensor,
+    ) -> None:
+        """Add a Mamba-2 mixer with the states of all slots."""
+        self._native.add_mamba2(
+            self._norm(norm),
+            *map(self._matrix, (input, output)),
+            num_heads,
+            head_dim,
+            state_size,
+            num_groups,
+            conv_kernel,
+            norm_eps,
+            *step_limit,
+            *map(self._address, (conv_weight_CW, conv_bias_C, norm_weight_I)),
+            conv_weight_CW.dtype is torch.bfloat16,
+            *map(self._address, (a_log_H, d_H, dt_bias_H, conv_tail)),
+            conv_tail.dtype is torch.bfloat16,
+            self._address(ssm),
+        )
+
+    def add_moe(
+        self,
+        norm: "Norm",
+        *,
+        gate_ED: Tensor,
+        correction_E: Tensor,
+        num_chosen: int,
+        num_groups: int,
+        num_chosen_groups: int,
+        normalize_weights: bool,
+        scale: float,
+        up: Weight,
+        down: Weight,
+        shared_up: Weight,
+        shared_down: Weight,
+        latent_in: Weight | None,
+        latent_out: Weight | None,
+    ) -> None:
+        """Add routed experts and the shared one."""
+        self._native.add_moe(
+            self._norm(norm),
+            self._matrix(gate_ED),
+            self._address(correction_E),
+            len(gate_ED),
+            num_chosen,
+            num_groups,
+            num_chosen_groups,
+            normalize_weights,
+            scale,
+            self._matrix(up),
+            _stride(up),
+            self._matrix(down),
+            _stride(down),
+            *map(self._matrix, (shared_up, shared_down, latent_in, latent_out)),
+        )
+
+    def _norm(self, norm: "Norm") -> Any:
+        self._kept.append(norm.weight_D)
+        return native_norm(norm.weight_D, eps=norm.eps, order=norm.order)
+
+    def _matrix(self, weight: Weight | None) -> Any:
+        self._kept.append(weight)
+        return extension().Matrix() if weight is None else matrix_of(weight)
+
+    def _address(self, tensor: Tensor | None) -> int:
+        self._kept.append(tensor)
+        return 0 if tensor is None else tensor.data_ptr()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """The RMSNorm that a block reads the hidden states through."""
+
+    weight_D: Tensor
+    eps: float
+    order: NormOrder
+
+
+def can_attend(head_dim: int) -> bool:
+    """Return whether the attention kernel takes heads of this size."""
+    return head_dim % LANES == 0 and head_dim <= MAX_HEAD_DIM
+
+
+def can_scan(*, head_dim: int, state_size: int, conv_kernel: int) -> bool:
+    """Return whether the Mamba-2 kernel takes these sizes."""
+    return head_dim % LANES == 0 and state_size % LANES == 0 and conv_kernel <= MAX_TAPS
+
+
+def _stride(stacked: Weight) -> int:
+    """Return the bytes from one expert's matrix to the next."""
+    return stacked.matrix_bytes if isinstance(stacked, Packed) else stacked[0].nbytes

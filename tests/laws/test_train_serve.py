@@ -1,0 +1,171 @@
+"""Law 4, so far as there is no trainer: the training forward has the bits of serving, its gradients are the reference's."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from freehold.evaluate.laws import relative_difference
+from freehold.models.decoder import Decoder
+from freehold.models.layout import Capacity, Layout
+from freehold.models.spec import MoeSpec
+from freehold.ops.attention import PAGE_TOKENS
+from models.blocks import SPECS, random_block, random_hidden
+from models.forms import FORMS, needs_kernels, on_threads, running, same_bits
+from models.packing import PACKED_LLAMA, PACKED_NEMOTRON, pack_decoder
+from models.tiny import CONFIGS, random_tokens, tiny_decoder
+
+pytestmark = needs_kernels
+
+# The backward computes the block's ops once more, its products by the native kernels: rounding, seen through a scan of 34
+# tokens at the most (measured 4e-5).
+BLOCK_TOLERANCE = 1e-4
+# Of a decoder: the inputs of each block are some units in the last place away; 1e-5 at most, in the scan's decays.
+FLOAT32_TOLERANCE = 5e-5
+# bfloat16: they are a rounding away (1.2e-2 at most over all parameters), and so may the choice of an expert be (8e-2).
+BFLOAT16_TOLERANCE = 4e-2
+ROUTED_BFLOAT16_TOLERANCE = 0.25
+
+DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.bfloat16, id="bfloat16")]
+NAMES = ["llama", "llama-llama3", "qwen-tied", "nemotron", "nemotron-latent", "nemotron-router-groups"]
+LENGTHS = (37, 5, 1, 40)
+
+
+def tokens_of_all() -> Tensor:
+    return torch.cat([random_tokens(length, seed=length) for length in LENGTHS])
+
+
+@torch.inference_mode()
+def served(decoder: Decoder) -> tuple[Tensor, Tensor]:
+    """Return hidden states and logits of all sequences from steps with states: prompts but for two tokens, then these."""
+    pages = [[2 * i, 2 * i + 1] for i in range(len(LENGTHS))]
+    states = decoder.allocate_states(
+        Capacity(num_slots=len(LENGTHS), num_pages=2 * len(LENGTHS), page_size=PAGE_TOKENS)
+    )
+    hidden: list[list[Tensor]] = [[] for _ in LENGTHS]
+    contexts = [0] * len(LENGTHS)
+    for step in range(3):
+        lengths = [max(1, length - 2) if step == 0 else 1 for length in LENGTHS]
+        active = [i for i, length in enumerate(LENGTHS) if contexts[i] + lengths[i] <= length]
+        parts = [random_tokens(LENGTHS[i], seed=LENGTHS[i])[contexts[i] : contexts[i] + lengths[i]] for i in active]
+        layout = Layout.step(
+            [lengths[i] for i in active],
+            [contexts[i] for i in active],
+            slots=active,
+            pages=[pages[i] for i in active],
+            page_size=PAGE_TOKENS,
+        )
+        outputs = decoder(torch.cat(parts), layout, states).split([lengths[i] for i in active])
+        for i, output_LD in zip(active, outputs, strict=True):
+            hidden[i].append(output_LD)
+            contexts[i] += len(output_LD)
+    hidden_TD = torch.cat([part for parts in hidden for part in parts])
+    return hidden_TD, decoder.logits(hidden_TD)
+
+
+def trained(decoder: Decoder) -> tuple[Tensor, Tensor]:
+    """Return hidden states and logits as a training step computes them."""
+    hidden_TD = decoder(tokens_of_all(), Layout.packed(LENGTHS))
+    return hidden_TD, decoder.logits(hidden_TD)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_have_the_bits_of_serving_when_they_train(name, dtype):
+    """Up to the hidden states that the final norm reads."""
+    decoder = tiny_decoder(CONFIGS[name], dtype=dtype)
+    decoder.norm.forward = lambda hidden_TD: hidden_TD
+    expected_TD, _ = served(decoder)
+    decoder.requires_grad_(True)
+    for form in FORMS:
+        with running(form), on_threads(3):
+            found_TD, _ = trained(decoder)
+        assert found_TD.requires_grad
+        assert same_bits(found_TD.detach(), expected_TD), form
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_hidden_states_and_logits_have_the_bits_of_serving_when_they_train(name, dtype):
+    decoder = tiny_decoder(CONFIGS[name], dtype=dtype)
+    expected_TD, expected_TV = served(decoder)
+    found_TD, found_TV = trained(decoder.requires_grad_(True))
+    assert found_TV.requires_grad
+    assert same_bits(found_TD.detach(), expected_TD)
+    assert same_bits(found_TV.detach(), expected_TV)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("config", "format"), [(PACKED_LLAMA, "Q8_0"), (PACKED_NEMOTRON, "Q4_0")], ids=["llama-Q8_0", "nemotron-Q4_0"]
+)
+def test_packed_weights_have_the_bits_of_serving_below_what_trains(config, format, dtype):
+    decoder = pack_decoder(tiny_decoder(config, dtype=dtype), format)
+    expected_TD, expected_TV = served(decoder)
+    found_TD, found_TV = trained(decoder.requires_grad_(True))
+    assert found_TD.requires_grad  # the norms' weights are parameters
+    assert same_bits(found_TD.detach(), expected_TD)
+    assert same_bits(found_TV.detach(), expected_TV)
+
+
+def gradients(decoder: Decoder) -> dict[str, Tensor]:
+    decoder.zero_grad()
+    _, logits_TV = trained(decoder)
+    cross_entropy(logits_TV, tokens_of_all().flip(0)).backward()
+    return {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_a_decoder_are_those_without_kernels(name, dtype):
+    decoder = tiny_decoder(CONFIGS[name], dtype=dtype).requires_grad_(True)
+    found = gradients(decoder)
+    with running("off"):
+        expected = gradients(decoder)
+    assert found.keys() == expected.keys()
+    is_routed = any(isinstance(block, MoeSpec) for block in decoder.spec.blocks)
+    bfloat16_tolerance = ROUTED_BFLOAT16_TOLERANCE if is_routed else BFLOAT16_TOLERANCE
+    tolerance = FLOAT32_TOLERANCE if dtype is torch.float32 else bfloat16_tolerance
+    flat = [torch.cat([g[n].float().flatten() for n in sorted(expected)]) for g in (found, expected)]
+    assert relative_difference(*flat) <= tolerance
+    if dtype is torch.float32:
+        assert max(relative_difference(found[n], expected[n]) for n in expected) <= tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("spec", "width"), SPECS.values(), ids=SPECS)
+def test_gradients_of_a_block_are_those_of_its_reference(spec, width, dtype):
+    block, layout = random_block(spec, width, dtype=dtype).requires_grad_(True), Layout.packed([9, 1, 34])
+    hidden_TD = random_hidden(44, width, dtype=dtype).requires_grad_(True)
+    weight_TD = torch.randn(44, width).to(dtype)
+    wanted = [hidden_TD, *(p for name, p in block.named_parameters() if not name.endswith("e_score_correction_bias"))]
+    with running("off"):
+        expected = torch.autograd.grad((block.reference(hidden_TD, layout, None) * weight_TD).sum(), wanted)
+    found = torch.autograd.grad((block(hidden_TD, layout, None) * weight_TD).sum(), wanted)
+    assert max(relative_difference(a, b) for a, b in zip(found, expected, strict=True)) <= BLOCK_TOLERANCE
+
+
+@pytest.mark.parametrize("trains", ["hidden", "norm.weight", "mixer.down_proj.weight"])
+def test_only_what_asks_for_a_gradient_gets_one(trains):
+    spec, width = SPECS["mlp-gated"]
+    block, layout = random_block(spec, width, dtype=torch.float32), Layout.packed([9])
+    hidden_TD = random_hidden(9, width, dtype=torch.float32)
+    tensors = {"hidden": hidden_TD, **dict(block.named_parameters())}
+    tensors[trains].requires_grad_(True)
+    block(hidden_TD, layout, None).square().sum().backward()
+    assert [name for name, tensor in tensors.items() if tensor.grad is not None] == [trains]
+    kept_TD = hidden_TD.detach().clone()
+    block(hidden_TD, layout, None)
+    assert same_bits(hidden_TD.detach(), kept_TD), "a forward that trains leaves its input as it was"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_flows_through_blocks_of_packed_weights(dtype):
+    decoder = pack_decoder(tiny_decoder(PACKED_LLAMA, dtype=dtype), "Q8_0")
+    hidden_TD = random_hidden(9, 64, dtype=dtype).requires_grad_(True)
+    out_TD = hidden_TD
+    for block in decoder.blocks:
+        out_TD = block(out_TD, Layout.packed([9]), None)
+    (gradient_TD,) = torch.autograd.grad(out_TD.float().square().sum(), hidden_TD)
+    assert gradient_TD.isfinite().all()
+    assert gradient_TD.count_nonzero() > 0

@@ -1,0 +1,164 @@
+"""The threads that kernels share: calls from several Python threads, changing numbers of threads, and forked children."""
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+import torch
+
+from freehold.models.layout import Layout
+from freehold.ops.linear import linear
+from freehold.ops.native import kernels
+from models.blocks import SPECS, random_block, random_hidden
+from models.forms import needs_kernels, on_threads, same_bits
+from models.packing import random_packed
+
+pytestmark = needs_kernels
+
+ROUNDS = 200
+CHILD_TIME_S = 30.0
+MANY_THREADS = (1, 2, 3, 5, 8, 17, 33)
+
+
+@pytest.fixture(autouse=True)
+def _in_time():
+    """Kill a test that hangs, which would otherwise be all that the run says."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs"))
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def products():
+    """Rows and weights of several shapes and kinds."""
+    return [
+        (torch.randn(1, 256), random_packed("Q4_K", (300, 256))),
+        (torch.randn(40, 64), random_packed("Q8_0", (33, 64))),
+        (torch.randn(3, 70), torch.randn(17, 70)),
+        (torch.randn(290, 32).bfloat16(), torch.randn(5, 32).bfloat16()),
+    ]
+
+
+def test_a_team_of_any_size_after_any_other_gives_the_same_bits():
+    cases = products()
+    expected = [linear(*case) for case in cases]
+    sizes = torch.randint(len(MANY_THREADS), (ROUNDS,)).tolist()
+    for i, size in enumerate(sizes):
+        with on_threads(MANY_THREADS[size]):
+            assert same_bits(linear(*cases[i % len(cases)]), expected[i % len(cases)])
+
+
+def test_calls_from_several_python_threads_at_once_give_the_same_bits():
+    cases = products()
+    expected = [linear(*case) for case in cases]
+    start = Barrier(6)
+
+    def call_often(which: int) -> int:
+        start.wait()
+        return sum(same_bits(linear(*cases[(which + i) % 4]), expected[(which + i) % 4]) for i in range(ROUNDS))
+
+    with ThreadPoolExecutor(6) as threads:
+        assert list(threads.map(call_often, range(6))) == [ROUNDS] * 6
+
+
+def test_blocks_from_several_python_threads_at_once_give_the_same_bits():
+    """A block works in memory of its thread, and a team's members in that of the caller."""
+    names = ["attention-rope", "mamba2", "moe", "mlp-gated"]
+    blocks = [random_block(*SPECS[name], dtype=torch.float32) for name in names]
+    layout, hidden_TD = Layout.packed([30, 1, 9]), random_hidden(40, 32, dtype=torch.float32)
+    expected = [block(hidden_TD.clone(), layout, None) for block in blocks]
+    start = Barrier(4)
+
+    def call_often(which: int) -> bool:
+        start.wait()
+        with torch.inference_mode():
+            outputs = [blocks[which](hidden_TD.clone(), layout, None) for _ in range(50)]
+        return all(same_bits(out_TD, expected[which]) for out_TD in outputs)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(call_often, range(4))) == [True] * 4
+
+
+def test_a_thread_that_ends_leaves_nothing_behind_that_others_need():
+    case = products()[0]
+    expected_TF = linear(*case)
+    for _ in range(20):
+        with ThreadPoolExecutor(1) as threads:
+            assert same_bits(threads.submit(linear, *case).result(), expected_TF)
+
+
+def exit_of(child) -> int | None:
+    """Fork, run `child` there, and return the exit status; None where it hangs, and then it is killed."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            signal.alarm(0)
+            os._exit(0 if child() else 1)
+        except BaseException:
+            os._exit(2)
+    deadline = time.monotonic() + CHILD_TIME_S
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+def bits_by_kernels_alone(case, expected_TF: torch.Tensor, num_threads: int) -> bool:
+    """Return whether a product has these bits; no operation of torch that would start threads of its own."""
+    rows_TD, weight = case
+    out_TF = torch.empty(len(rows_TD), weight.shape[0])
+    for _ in range(20):
+        kernels().linear(
+            num_threads, out_TF.data_ptr(), rows_TD.data_ptr(), False, len(rows_TD), weight.native, 0, False
+        )
+    return out_TF.numpy().tobytes() == expected_TF.numpy().tobytes()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forking where threads are: that is the point
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_a_forked_child_has_threads_of_its_own(num_threads):
+    case = products()[0]
+    with on_threads(3):
+        expected_TF = linear(*case)
+    assert exit_of(lambda: bits_by_kernels_alone(case, expected_TF, num_threads)) == 0
+    assert bits_by_kernels_alone(case, expected_TF, num_threads), "and the parent keeps its own"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_child_forked_while_others_call_kernels_can_call_them_too():
+    case = products()[0]
+    expected_TF = linear(*case)
+    stop = False
+
+    def call_until_stopped() -> bool:
+        while not stop:
+            if not same_bits(linear(*case), expected_TF):
+                return False
+        return True
+
+    with ThreadPoolExecutor(2) as threads:
+        callers = [threads.submit(call_until_stopped) for _ in range(2)]
+        statuses = [exit_of(lambda: bits_by_kernels_alone(case, expected_TF, 3)) for _ in range(5)]
+        stop = True
+        assert statuses == [0] * 5
+        assert all(caller.result() for caller in callers)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_child_of_a_child_can_call_kernels():
+    case = products()[0]
+    expected_TF = linear(*case)
+
+    def child() -> bool:
+        mine = bits_by_kernels_alone(case, expected_TF, 2)
+        return mine and exit_of(lambda: bits_by_kernels_alone(case, expected_TF, 2)) == 0
+
+    assert exit_of(child) == 0
