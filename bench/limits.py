@@ -1,33 +1,49 @@
-"""What this machine can do at most: memory bandwidth and matrix rate, measured beside each benchmark."""
+"""What a model asks of a machine for one token, and what the machine gives: the limits beside each benchmark."""
 
-import time
-from collections.abc import Callable
-from statistics import median
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 
-READ_BYTES = 512 << 20  # far beyond any cache
-MATRIX_WIDTH = 2048
+from freehold.checkpoint.load import open_described
+from freehold.engine.plan import count_parts
+from freehold.evaluate.limits import fastest_type, matrix_rate
+
+MATRIX_TYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
-def read_bandwidth() -> float:
-    """Return bytes per second of reading memory, as a float32 sum over a large tensor does it."""
-    data = torch.ones(READ_BYTES // 4)
-    return READ_BYTES / timed(lambda: data.sum())
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a model reads and computes for one token.
+
+    decode_bytes: weights, but for embeddings that are only looked up and experts not chosen. States are not counted.
+    prefill_operations: two for each weight that a token meets, without the head, which only the last token meets.
+    """
+
+    decode_bytes: float
+    prefill_operations: float
 
 
-def matrix_rate(dtype: torch.dtype) -> float:
-    """Return floating-point operations per second of a square matrix product."""
-    left, right = (torch.randn(MATRIX_WIDTH, MATRIX_WIDTH).to(dtype) for _ in range(2))
-    return 2 * MATRIX_WIDTH**3 / timed(lambda: left @ right)
+def work_of(path: Path, weights: str) -> Work:
+    """Return what a checkpoint asks for. weights: a dtype to count all of them in, or `stored` as the file has them."""
+    source, described = open_described(path)
+    source.close()
+    parts = [part for part in count_parts(described.spec, described) if part.num_active]
+    if weights == "stored":
+        decode_bytes = sum((part.stored_bytes or 0) * part.num_active / part.num_parameters for part in parts)
+    else:
+        decode_bytes = sum(part.num_active for part in parts) * getattr(torch, weights).itemsize
+    body = sum(part.num_active for part in parts if part.name not in ("head", "embeddings and head"))
+    return Work(decode_bytes=decode_bytes, prefill_operations=2 * body)
 
 
-def timed(work: Callable[[], object], rounds: int = 7) -> float:
-    """Return the median seconds of a piece of work, after one run that is not counted."""
-    work()
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return median(seconds)
+def matrix_rates(num_threads: int) -> dict[str, float]:
+    """Return operations per second of torch's matrix product in float32, and in the type that is fastest here."""
+    types = {torch.float32, _fastest(num_threads)}
+    return {str(dtype).removeprefix("torch."): matrix_rate(dtype, num_threads) for dtype in types}
+
+
+@cache
+def _fastest(num_threads: int) -> torch.dtype:
+    return fastest_type(MATRIX_TYPES, num_threads)

@@ -67,6 +67,11 @@ void call_linear(const Kernels& form, int num_threads, Address out, Address rows
   form.linear(call, num_threads);
 }
 
+void call_largest(const Kernels& form, Address rows, std::size_t num_rows, std::size_t width, Address places) {
+  nb::gil_scoped_release unlocked;
+  form.largest(at<const float>(rows), num_rows, width, at<std::int64_t>(places));
+}
+
 Norm norm_of(Address weight, bool is_bfloat16, float eps, bool cast_then_multiply) {
   return {at(weight), element(is_bfloat16), eps, cast_then_multiply};
 }
@@ -202,7 +207,8 @@ NB_MODULE(_kernels, module) {
   nb::class_<Kernels>(module, "Form")
       .def_prop_ro("name", [](const Kernels& form) { return std::string(form.form); })
       .def("rms_norm", &call_rms_norm)
-      .def("linear", &call_linear);
+      .def("linear", &call_linear)
+      .def("largest", &call_largest);
   module.def("forms", &forms, nb::rv_policy::reference);
   module.def("packed_bytes", &packed_bytes);
   module.def("pack", &pack);

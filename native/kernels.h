@@ -9,6 +9,8 @@ struct Kernels {
   const char* form;
   void (*rms_norm)(const Residual& from, void* out);
   void (*linear)(const Linear&, int num_threads);
+  // The place of each row's largest value, of equals the first; a NaN counts as larger than any number.
+  void (*largest)(const float* rows, std::size_t num_rows, std::size_t width, std::int64_t* places);
   void (*mlp)(const Mlp&, int num_threads);
   void (*attention)(AttentionMixer, int num_threads);
   void (*mamba2)(Mamba2Mixer, int num_threads);

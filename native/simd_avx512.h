@@ -30,6 +30,7 @@ inline F32 nearest(F32 a) { return {_mm512_roundscale_ps(a.all, _MM_FROUND_TO_NE
 inline F32 where_less(F32 a, F32 b, F32 yes, F32 no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.all, b.all, _CMP_LT_OQ), no.all, yes.all)};
 }
+inline bool has_nan(F32 a) { return _mm512_cmp_ps_mask(a.all, a.all, _CMP_UNORD_Q) != 0; }
 inline F32 widened(I32 a) { return {_mm512_cvtepi32_ps(a.all)}; }
 inline F32 widened(const std::int8_t* from) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))))};

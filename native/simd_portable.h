@@ -34,6 +34,11 @@ inline F32 absolute(F32 a) { FREEHOLD_EACH(std::fabs(a.lane[i])); }
 inline F32 square_root(F32 a) { FREEHOLD_EACH(std::sqrt(a.lane[i])); }
 inline F32 nearest(F32 a) { FREEHOLD_EACH(std::nearbyint(a.lane[i])); }
 inline F32 where_less(F32 a, F32 b, F32 yes, F32 no) { FREEHOLD_EACH(a.lane[i] < b.lane[i] ? yes.lane[i] : no.lane[i]); }
+inline bool has_nan(F32 a) {
+  for (int i = 0; i < 16; ++i)
+    if (a.lane[i] != a.lane[i]) return true;
+  return false;
+}
 inline F32 widened(I32 a) { FREEHOLD_EACH(static_cast<float>(a.lane[i])); }
 inline F32 widened(const std::int8_t* from) { FREEHOLD_EACH(static_cast<float>(from[i])); }
 inline F32 widened(const std::uint8_t* from) { FREEHOLD_EACH(static_cast<float>(from[i])); }

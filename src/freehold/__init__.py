@@ -10,8 +10,12 @@
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from freehold.settings import let_torch_threads_sleep
+
 if TYPE_CHECKING:
     from freehold.engine.model import Model, load
+
+let_torch_threads_sleep()
 
 try:
     __version__ = version("freehold")

@@ -9,7 +9,7 @@ from freehold.engine.request import SamplingParams
 from freehold.errors import BadInput, BadRequest
 from freehold.models.decoder import Decoder
 from freehold.models.layout import Capacity, Layout, PagedKV, State, States
-from freehold.ops.sampling import penalize, sample, uniform_draw
+from freehold.ops.sampling import likeliest, penalize, sample, uniform_draw
 
 PREFILL_TOKENS = 512  # at once: bounds the memory of a step, and how long Ctrl-C waits
 PAGE_SIZE = 256  # tokens; a sequence has twice as many pages whenever it has filled them
@@ -116,7 +116,7 @@ def check_prompt(decoder: Decoder, prompt: Sequence[int], *, room_tokens: int) -
 
 @torch.inference_mode()
 def _draw(logits_V: Tensor, prompt: Sequence[int], answer: Sequence[int], sampling: SamplingParams) -> int:
-    if logits_V.isnan().any():
+    if logits_V[likeliest(logits_V[None])].isnan():
         raise BadInput("the model computed no number", hint="`freehold check` names weights that are NaN or infinite")
     if sampling.penalizes:
         written = torch.tensor(answer, dtype=torch.int64, device=logits_V.device)

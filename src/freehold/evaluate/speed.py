@@ -26,6 +26,7 @@ from freehold.models.layout import (
     kv_bytes_per_token,
     recurrent_bytes_per_sequence,
 )
+from freehold.ops.sampling import likeliest
 
 DEFAULT_PROMPTS = (128, 512)
 DEFAULT_DEPTHS = (0, 512, 2048)
@@ -278,8 +279,8 @@ class Sequences:
             lengths = [len(part_T)] if case.prompt else [1] * case.batch
             hidden_TD = decoder(part_T, self._layout(lengths, context), self._states)
             context += len(part_T)
-        likeliest: list[int] = decoder.logits(hidden_TD[-case.batch :]).argmax(dim=-1).tolist()
-        return likeliest
+        found: list[int] = likeliest(decoder.logits(hidden_TD[-case.batch :])).tolist()
+        return found
 
     def _layout(self, lengths: Sequence[int], context: int) -> Layout:
         num = len(lengths)

@@ -5,6 +5,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from freehold.ops.native import kernels
+
 
 def penalize(
     logits_V: Tensor, *, seen: Tensor, generated_counts_V: Tensor, repetition: float, presence: float, frequency: float
@@ -31,7 +33,7 @@ def sample(logits_V: Tensor, *, temperature: float, top_k: int, top_p: float, mi
     Paper: top-p: Holtzman et al., 2019, arXiv 1904.09751; min-p: Nguyen et al., 2024, arXiv 2407.01082.
     """
     if temperature == 0:
-        return int(logits_V.argmax())
+        return int(likeliest(logits_V[None]))
     values, ids = logits_V.double().sort(descending=True, stable=True)
     if top_k:
         values, ids = values[:top_k], ids[:top_k]
@@ -42,6 +44,17 @@ def sample(logits_V: Tensor, *, temperature: float, top_k: int, top_p: float, mi
     cumulative = (probabilities * kept).cumsum(dim=0)
     index = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
     return int(ids[min(index, int(kept.sum()) - 1)])
+
+
+def likeliest(logits_BV: Tensor) -> Tensor:
+    """Return the place of each row's largest logit, int64 [B]: of equal ones the lowest id, and of a NaN its place."""
+    form = kernels()
+    if form is None or not (logits_BV.is_cpu and logits_BV.dtype is torch.float32 and logits_BV.stride(-1) == 1):
+        return logits_BV.argmax(dim=-1)
+    rows_BV = logits_BV.contiguous()
+    places_B = torch.empty(len(rows_BV), dtype=torch.int64)
+    form.largest(rows_BV.data_ptr(), *rows_BV.shape, places_B.data_ptr())
+    return places_B
 
 
 def uniform_draw(seed: int, index: int) -> float:
