@@ -6,7 +6,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,9 @@ class Process:
     def ask(self, command: str) -> float:
         """Return the number that the engine answers a command with."""
         assert self._child.stdin is not None
-        self._child.stdin.write(command + "\n")
-        self._child.stdin.flush()
+        with suppress(BrokenPipeError):  # of a child that has ended; its reply says so
+            self._child.stdin.write(command + "\n")
+            self._child.stdin.flush()
         return self._reply()
 
     def _reply(self) -> Any:

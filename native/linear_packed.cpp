@@ -18,7 +18,9 @@
 namespace freehold::FREEHOLD_FORM {
 namespace {
 
-constexpr int ROWS_AT_ONCE = 3;
+constexpr std::size_t ROWS_AT_ONCE = 6;
+// Rows that meet a panel as it lies; for more, unpacking it first costs less than unpacking it in the inner loop.
+constexpr int few_rows_of(int bits) { return bits == 8 ? 4 : 2; }
 constexpr std::size_t BLOCK_GROUPS = 32;  // columns unpacked at once: 1024, at most 22 KB
 
 inline std::int32_t quad_of(const RowGroup& row, int i) {
@@ -144,7 +146,7 @@ void add_supers(const std::uint8_t* panel, std::size_t num_supers, const RowGrou
   for (int m = 0; m < rows; ++m) total[m] = acc[m];
 }
 
-// `add_supers` on up to ROWS_AT_ONCE rows whose sums so far are in out.
+// `add_supers` on up to `rows` rows whose sums so far are in out.
 template <typename Format, int rows>
 void add_rows(const std::uint8_t* panel, std::size_t num_supers, const RowGroup* const* row, std::size_t count,
               float* out, std::size_t stride, bool is_first) {
@@ -159,23 +161,26 @@ void add_rows(const std::uint8_t* panel, std::size_t num_supers, const RowGroup*
 
 template <typename Format>
 void few_rows(const PanelCall& call, const std::uint8_t* panel, std::size_t num_supers) {
-  const RowGroup* row[ROWS_AT_ONCE];
+  constexpr int most = few_rows_of(Format::bits);
+  const RowGroup* row[most];
   for (std::size_t m = 0; m < call.num_rows; ++m) row[m] = static_cast<const RowGroup*>(call.rows[m]);
-  add_rows<Format, ROWS_AT_ONCE>(panel, num_supers, row, call.num_rows, call.out, call.stride, true);
+  add_rows<Format, most>(panel, num_supers, row, call.num_rows, call.out, call.stride, true);
 }
 
 template <typename Format>
 void many_rows(const PanelCall& call, const std::uint8_t* panel, std::size_t num_supers) {
   constexpr std::size_t groups = Format::S::groups, most = BLOCK_GROUPS / groups;
+  const std::size_t num_tiles = (call.num_rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+  const std::size_t height = (call.num_rows + num_tiles - 1) / num_tiles;  // of nearly equal tiles: 8 rows are 4 and 4
   alignas(64) std::uint8_t block[BLOCK_GROUPS * Unpacked<Format>::group_bytes];
   for (std::size_t s = 0; s < num_supers; s += most) {
     const std::size_t here = s + most < num_supers ? most : num_supers - s;
     unpack<Format>(panel + s * Format::super_bytes, here, block);
-    for (std::size_t m = 0; m < call.num_rows; m += ROWS_AT_ONCE) {
-      const std::size_t count = m + ROWS_AT_ONCE < call.num_rows ? ROWS_AT_ONCE : call.num_rows - m;
+    for (std::size_t m = 0; m < call.num_rows; m += height) {
+      const std::size_t count = m + height < call.num_rows ? height : call.num_rows - m;
       const RowGroup* row[ROWS_AT_ONCE];
       for (std::size_t i = 0; i < count; ++i) row[i] = static_cast<const RowGroup*>(call.rows[m + i]) + s * groups;
-      add_rows<Unpacked<Format>, ROWS_AT_ONCE>(block, here * groups, row, count, call.out + m * call.stride,
+      add_rows<Unpacked<Format>, static_cast<int>(ROWS_AT_ONCE)>(block, here * groups, row, count, call.out + m * call.stride,
                                                call.stride, s == 0);
     }
   }
@@ -185,7 +190,7 @@ template <typename Format>
 void packed_product(const PanelCall& call) {
   const std::size_t num_supers = call.matrix->num_columns / (GROUP * Format::S::groups);
   const std::uint8_t* panel = call.matrix->data + call.panel * num_supers * Format::super_bytes;
-  if (call.num_rows <= ROWS_AT_ONCE) return few_rows<Format>(call, panel, num_supers);
+  if (call.num_rows <= few_rows_of(Format::bits)) return few_rows<Format>(call, panel, num_supers);
   many_rows<Format>(call, panel, num_supers);
 }
 

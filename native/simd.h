@@ -69,6 +69,7 @@ inline std::uint16_t bfloat16_of(float value) {
 // The first n (0 to 16) elements, zeros behind them.
 template <typename Element>
 inline F32 load_first(const Element* from, std::size_t n) {
+  if (n == LANES) return load(from);  // nearly always
   Element lanes[LANES] = {};
   std::memcpy(lanes, from, n * sizeof(Element));
   return load(lanes);
@@ -76,6 +77,7 @@ inline F32 load_first(const Element* from, std::size_t n) {
 
 template <typename Element>
 inline void store_first(Element* to, F32 value, std::size_t n) {
+  if (n == LANES) return store(to, value);
   Element lanes[LANES];
   store(lanes, value);
   std::memcpy(to, lanes, n * sizeof(Element));
