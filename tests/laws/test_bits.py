@@ -12,9 +12,9 @@ from freehold.models.block import Block, RmsNorm
 from freehold.models.decoder import Decoder
 from freehold.models.layout import Layout
 from freehold.ops.native import Batch
-from laws.schedules import Result, Schedule, alone, run, same, schedules
 from models.forms import needs_kernels, on_threads
 from models.packing import PACKED_LLAMA, PACKED_NEMOTRON, SUPER_QWEN, pack_decoder
+from models.schedules import Result, Schedule, alone, run, same, schedules
 from models.tiny import CONFIGS, LATENT, LLAMA, NEMOTRON, QWEN, random_tokens, tiny_decoder
 
 pytestmark = needs_kernels

@@ -12,7 +12,7 @@ from models.tiny import LLAMA, MTP, NEMOTRON, QWEN, random_tokens, tiny_decoder
 
 # What a split may change. Kernels: nothing. References, in float32: sums in another order over at most six blocks,
 # 2e-6 at most.
-TOLERANCES = {form: 0.0 for form in FORMS} | {"off": 1e-5}
+TOLERANCES = dict.fromkeys(FORMS, 0.0) | {"off": 1e-5}
 
 PAGE = PAGE_TOKENS
 PAGED_SPLITS = {

@@ -1,4 +1,4 @@
-"""Law 4, so far as there is no trainer: the training forward has the bits of serving, its gradients are the reference's."""
+"""Law 4 without a trainer: the training forward has the bits of serving, its gradients are the reference's."""
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ from models.tiny import CONFIGS, random_tokens, tiny_decoder
 
 pytestmark = needs_kernels
 
-# The backward computes the block's ops once more, its products by the native kernels: rounding, seen through a scan of 34
-# tokens at the most (measured 4e-5).
+# The backward computes the block's ops once more, its products by the native kernels: rounding, seen through a scan of
+# 34 tokens at the most (measured 4e-5).
 BLOCK_TOLERANCE = 1e-4
 # Of a decoder: the inputs of each block are some units in the last place away; 1e-5 at most, in the scan's decays.
 FLOAT32_TOLERANCE = 5e-5
@@ -37,7 +37,7 @@ def tokens_of_all() -> Tensor:
 
 @torch.inference_mode()
 def served(decoder: Decoder) -> tuple[Tensor, Tensor]:
-    """Return hidden states and logits of all sequences from steps with states: prompts but for two tokens, then these."""
+    """Return hidden states and logits of all sequences from steps with states: all but two tokens, then these."""
     pages = [[2 * i, 2 * i + 1] for i in range(len(LENGTHS))]
     states = decoder.allocate_states(
         Capacity(num_slots=len(LENGTHS), num_pages=2 * len(LENGTHS), page_size=PAGE_TOKENS)

@@ -41,6 +41,10 @@ SPECS: dict[str, tuple[BlockSpec, int]] = {
         ),
         37,
     ),
+    "mamba2-one-tap": (
+        Mamba2Spec(num_heads=2, head_dim=16, state_size=16, num_groups=2, conv_kernel=1, norm_eps=1e-5),
+        32,
+    ),
     "mamba2-group-per-head": (
         Mamba2Spec(num_heads=4, head_dim=64, state_size=48, num_groups=4, conv_kernel=8, norm_eps=1e-5),
         32,

@@ -1,4 +1,4 @@
-"""Products with weights: every format against its formula, and the same bits in any company, on any form and threads."""
+"""Products with weights: each format against its formula, the same bits in any company, on any form and threads."""
 
 import pytest
 import torch
@@ -78,6 +78,13 @@ def test_a_packed_weight_takes_the_bytes_of_its_file(format):
 def test_rows_of_a_packed_table_are_those_of_its_tokens(format):
     packed, tokens = random_packed(format, (40, BLOCKS[format].num_values)), torch.tensor([39, 0, 16, 16, 15])
     assert same_bits(embed(tokens, packed), packed.dense()[tokens])
+
+
+@pytest.mark.parametrize("token", [40, 47])
+def test_a_token_that_a_packed_table_has_not_is_refused(token):
+    """As by torch's own embedding; these two lie in the last panel of sixteen rows, where nothing is."""
+    with pytest.raises((IndexError, AssertionError)):
+        embed(torch.tensor([0, token]), random_packed("Q8_0", (40, 64)))
 
 
 # Products.
@@ -199,6 +206,19 @@ def test_forms_give_the_same_bits_for_rows_at_the_edges(format, scale):
     packed, rows_TD = random_packed(format, (21, 256), scale=None), torch.randn(4, 256) * scale
     rows_TD[1] = 0.0
     rows_TD[2, ::2] = -0.0
+    assert_same_bits_of_all_forms(rows_TD, packed)
+
+
+@needs_two_forms
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_forms_give_the_same_bits_for_what_is_no_number(format, number):
+    packed, rows_TD = random_packed(format, (21, 256)), torch.randn(4, 256)
+    rows_TD[2, 77] = number
+    assert_same_bits_of_all_forms(rows_TD, packed)
+
+
+def assert_same_bits_of_all_forms(rows_TD: Tensor, packed: Weight) -> None:
     outputs = []
     for form in FORMS:
         with running(form):
@@ -236,7 +256,7 @@ def test_what_is_no_number_shows_in_its_row_and_nowhere_else(format, number, for
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_reference_of_packed_weights_multiplies_their_values(format):
     packed, rows_TD = random_packed(format, (21, 512)), torch.randn(4, 512)
-    expected_TF = torch.nn.functional.linear(rows_TD, dense(packed))
+    expected_TF = torch.nn.functional.linear(rows_TD, dense(packed, torch.float32))
     assert same_bits(linear_reference(rows_TD, packed), expected_TF)
     with running("off"):
         assert same_bits(linear(rows_TD, packed), expected_TF)

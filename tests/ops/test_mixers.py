@@ -5,8 +5,10 @@ import torch
 
 from freehold.evaluate.laws import relative_difference
 from freehold.models.layout import Layout
-from freehold.models.spec import AttentionSpec, MlpSpec, MoeSpec
+from freehold.models.linear import set_weight
+from freehold.models.spec import AttentionSpec, Mamba2Spec, MlpSpec, MoeSpec
 from models.blocks import (
+    MAMBA2,
     MOE,
     PACKED_SPECS,
     SPECS,
@@ -17,6 +19,7 @@ from models.blocks import (
     run_block,
 )
 from models.forms import FORMS, THREADS, needs_kernels, on_threads, running, same_bits
+from models.packing import quantize_and_pack
 
 pytestmark = needs_kernels
 
@@ -101,6 +104,29 @@ def test_a_packed_block_in_bfloat16_equals_its_reference(spec, width, format):
 @EACH_PACKED
 def test_a_packed_block_has_the_same_bits_on_any_form_and_threads(spec, width, format, dtype):
     assert_same_bits_everywhere(random_block(spec, width, dtype=dtype, format=format), width, dtype)
+
+
+MIXED = {
+    "mlp-gated": {"gate_proj": "Q8_0", "up_proj": "Q4_1", "down_proj": None},
+    "attention": {"q_proj": "Q4_0", "k_proj": None, "v_proj": "Q5_1", "o_proj": "Q8_0"},
+    "mamba2": {"in_proj": None, "out_proj": "Q5_0"},
+    "moe-latent": {"fc1_latent_proj": "Q8_0", "fc2_latent_proj": None},
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_the_matrices_of_a_block_may_have_different_formats(name):
+    spec, width = PACKED_SPECS[name]
+    block = random_block(spec, width, dtype=torch.float32)
+    for matrix, format in MIXED[name].items():
+        if format:
+            owner = block.mixer.get_submodule(matrix)
+            set_weight(owner, "weight", quantize_and_pack(owner.weight, format))
+    assert block.is_native()
+    with running("off"):
+        expected = run_block(block, width, dtype=torch.float32, by_reference=True)
+    assert worst(run_block(block, width, dtype=torch.float32), expected) <= EIGHT_BITS_TOLERANCE
+    assert_same_bits_everywhere(block, width, torch.float32)
 
 
 @EACH
@@ -193,7 +219,11 @@ def test_experts_that_nobody_chose_may_hold_anything(form):
 @pytest.mark.parametrize(
     ("spec", "dtype"),
     [
-        pytest.param(AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8), torch.float32, id="heads-of-eight"),
+        pytest.param(AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8), torch.float32, id="heads-of-8"),
+        pytest.param(AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=272), torch.float32, id="heads-of-272"),
+        pytest.param(Mamba2Spec(**(vars(MAMBA2) | {"head_dim": 8})), torch.float32, id="mamba2-heads-of-8"),
+        pytest.param(Mamba2Spec(**(vars(MAMBA2) | {"state_size": 24})), torch.float32, id="states-of-24"),
+        pytest.param(Mamba2Spec(**(vars(MAMBA2) | {"conv_kernel": 9})), torch.float32, id="nine-taps"),
         pytest.param(MlpSpec(width=48, activation="relu2"), torch.float16, id="float16"),
     ],
 )

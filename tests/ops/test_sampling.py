@@ -5,9 +5,12 @@ from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from freehold.ops.sampling import penalize, sample, uniform_draw
+from freehold.ops.sampling import likeliest, penalize, sample, uniform_draw
+from models.forms import FORMS, running
 
 OPEN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 GRID = [(i + 0.5) / 2000 for i in range(2000)]
@@ -73,6 +76,30 @@ def test_temperature_zero_is_the_largest_logit_and_of_equal_ones_the_lowest_id()
         greedy = OPEN | {"temperature": 0.0, "uniform": uniform}
         assert sample(torch.tensor([0.0, 3.0, 1.0, 3.0]), **greedy) == 1
         assert sample(torch.zeros(7), **greedy) == 0
+
+
+@st.composite
+def rows_of_logits(draw: st.DrawFn) -> torch.Tensor:
+    """Rows with many equal numbers, infinities, and a NaN now and then."""
+    width = draw(st.integers(1, 80) | st.sampled_from([1000, 1023]))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    logits_BV = torch.randint(-2, 3, (draw(st.integers(1, 4)), width), generator=random).float()
+    for number in draw(st.lists(st.sampled_from([torch.inf, -torch.inf, torch.nan, 9.0, -0.0]), max_size=4)):
+        row, column = (int(torch.randint(size, (), generator=random)) for size in logits_BV.shape)
+        logits_BV[row, column] = number
+    return logits_BV if draw(st.booleans()) else torch.full_like(logits_BV, -torch.inf)
+
+
+@given(rows_of_logits())
+def test_the_likeliest_is_the_first_of_the_largest_and_a_nan_before_all(logits_BV):
+    expected = []
+    for row in logits_BV.tolist():
+        nans = [i for i, value in enumerate(row) if math.isnan(value)]
+        expected.append(nans[0] if nans else row.index(max(row)))
+    for form in [*FORMS, "off"]:
+        with running(form):
+            assert likeliest(logits_BV).tolist() == expected
+            assert likeliest(torch.cat((logits_BV, logits_BV), dim=1)[:, : logits_BV.shape[1]]).tolist() == expected
 
 
 def test_equal_logits_are_cut_from_the_highest_ids():

@@ -1,4 +1,4 @@
-"""Random schedules: sequences that come in random parts, orders, company, pages, slots, numbers of threads and forms."""
+"""Random schedules: sequences in random parts, orders, company, pages, slots, numbers of threads and forms."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ def schedules(draw: st.DrawFn, *, longest: int = LONGEST) -> Schedule:
     while left:
         together = random.sample(sorted(left), random.randint(1, len(left)))
         takes = tuple((i, _part(left[i], random)) for i in together)
-        steps.append(Step(takes=takes, num_threads=random.choice(THREADS)))
+        steps.append(Step(takes=takes, num_threads=random.choice((1, *THREADS))))
         left = {i: rest for i, count in left.items() if (rest := count - dict(takes).get(i, 0))}
     page_size = PAGE_TOKENS * random.randint(1, 2)
     counts = [-(-length // page_size) + random.randint(0, 1) for length in lengths]
