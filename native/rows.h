@@ -8,11 +8,19 @@
 
 namespace freehold::FREEHOLD_FORM {
 
+// Below this 127 over the largest magnitude is no float32 any more, and a group counts as zeros.
+constexpr float SMALLEST_MAGNITUDE = 4e-37f;
+
 // Two vectors as one RowGroup. The scale is the largest magnitude / 127; values are rounded to nearest, ties to even.
-// A NaN or an infinity makes the scale, and so every product, no number.
+// Where one is NaN or infinite the scale is NaN, and so is every product of the group.
 inline void quantize_group(F32 first, F32 second, RowGroup* to) {
   const float largest = largest_magnitude(first, second);
-  const F32 inverse = splat(largest > 0.0f ? 127.0f / largest : 0.0f);
+  const bool is_finite = largest <= __FLT_MAX__;
+  if (!is_finite || largest < SMALLEST_MAGNITUDE) {
+    *to = {{}, is_finite ? 0.0f : __builtin_nanf(""), 0, 0};
+    return;
+  }
+  const F32 inverse = splat(127.0f / largest);
   store(to->values, first * inverse);
   store(to->values + LANES, second * inverse);
   to->scale = largest / 127.0f;

@@ -85,12 +85,9 @@ inline void store(std::uint16_t* bfloat16, F32 value) {
     bfloat16[i] = static_cast<std::uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
   }
 }
-// Rounded to the nearest integer, ties to even; values lie within -127 and 127, or are NaN, which gives any integer.
+// Rounded to the nearest integer, ties to even; values lie within -127 and 127.
 inline void store(std::int8_t* to, F32 value) {
-  for (int i = 0; i < 16; ++i) {
-    const bool is_number = value.lane[i] == value.lane[i];
-    to[i] = is_number ? static_cast<std::int8_t>(std::nearbyint(value.lane[i])) : std::int8_t{0};
-  }
+  for (int i = 0; i < 16; ++i) to[i] = static_cast<std::int8_t>(std::nearbyint(value.lane[i]));
 }
 
 // Sixteen rows of sixteen elements, `stride` apart, as columns: to[16 k + n] is element k of row n.

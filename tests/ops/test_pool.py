@@ -1,9 +1,12 @@
 """The threads that kernels share: calls from several Python threads, changing numbers of threads, forked children."""
 
 import os
+import shutil
 import signal
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Barrier
 
 import pytest
@@ -191,3 +194,20 @@ def test_a_team_that_was_large_once_costs_later_small_ones_nothing():
         return cost_s(2) <= 10 * before_s + NOISE_S
 
     assert exit_of(child) == 0
+
+
+def test_the_threads_of_the_pool_race_for_nothing(tmp_path):
+    compiler, here = os.environ.get("CXX", "c++"), Path(__file__).parent
+    native, program = here.parents[1] / "native", str(tmp_path / "races")
+    sources = [str(here / "pool_races.cpp"), str(native / "pool.cpp")]
+    command = [compiler, "-std=c++20", "-O1", "-g", "-fsanitize=thread", "-pthread", f"-I{native}", *sources]
+    try:
+        subprocess.run([*command, "-o", program], capture_output=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        pytest.skip("there is no compiler with a thread sanitizer")
+    # The sanitizer wants its places in memory, which a random layout may have taken.
+    fixed = ["setarch", "-R"] if shutil.which("setarch") else []
+    done = subprocess.run([*fixed, program], capture_output=True, text=True, timeout=100)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("the thread sanitizer does not run here")
+    assert (done.stdout, done.stderr) == ("ok\n", "")

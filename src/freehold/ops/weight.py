@@ -53,6 +53,7 @@ class Packed:
 
     def rows(self, numbers: Tensor) -> Tensor:
         """Return rows of the (first) matrix, float32 [len(numbers), K]."""
+        assert bool(((numbers >= 0) & (numbers < self.shape[-2])).all()), f"rows {numbers.tolist()} of {self.shape[-2]}"
         out = torch.empty(len(numbers), self.shape[-1])
         numbers = numbers.to(torch.int64).contiguous()
         extension().unpack_rows(torch.get_num_threads(), self.native, numbers.data_ptr(), len(numbers), out.data_ptr())
