@@ -50,30 +50,30 @@ class Pool {
     team_.cursor_.store(0, std::memory_order_relaxed);
     function_ = function;
     argument_ = argument;
-    if (num_threads > 1) {
-      call_.store((call_.load(std::memory_order_relaxed) / SIZES + 1) * SIZES + num_threads, std::memory_order_release);
-      call_.notify_all();
+    ++num_calls_;
+    for (int member = 1; member < num_threads; ++member) {
+      calls_[member].number.store(num_calls_, std::memory_order_release);
+      calls_[member].number.notify_one();
     }
     function(team_, 0, argument);
     team_.barrier();
   }
 
  private:
-  // A call's number and the size of its team, in one word: a worker that is late for a call it has no part in never
-  // takes the size of the next.
-  static constexpr std::uint32_t SIZES = MAX_THREADS + 1;
+  // The last call that a worker has a part in. Each has its own, so that a call wakes none but those that it needs.
+  struct alignas(64) Call {
+    std::atomic<std::uint32_t> number{0};
+  };
 
   void start_worker() {
     const int member = ++num_workers_;
-    const std::uint32_t seen = call_.load(std::memory_order_relaxed);
-    std::thread([this, member, seen] { serve(member, seen); }).detach();
+    std::thread([this, member] { serve(member); }).detach();
   }
 
-  void serve(int member, std::uint32_t seen) {
-    for (;;) {
-      wait_for_change(call_, seen, BETWEEN_CALLS);
-      seen = call_.load(std::memory_order_acquire);
-      if (member >= static_cast<int>(seen % SIZES)) continue;
+  void serve(int member) {
+    for (std::uint32_t seen = 0;;) {
+      wait_for_change(calls_[member].number, seen, BETWEEN_CALLS);
+      seen = calls_[member].number.load(std::memory_order_acquire);  // the next cannot begin without this member
       function_(team_, member, argument_);
       team_.barrier();
     }
@@ -84,7 +84,8 @@ class Pool {
   Team team_;
   TeamFunction function_ = nullptr;
   void* argument_ = nullptr;
-  alignas(64) std::atomic<std::uint32_t> call_{0};
+  std::uint32_t num_calls_ = 0;
+  Call calls_[MAX_THREADS];
 };
 
 // Never destroyed: its threads may outlive any destructor at the end of the process.
@@ -96,8 +97,10 @@ Pool* the_pool = new Pool;
 }  // namespace
 
 void Team::barrier() {
+  // Both before the arrival: after it the others may be through, and the size that of the next call.
   const std::uint32_t phase = phase_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+  const int size = size_;
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
     arrived_.store(0, std::memory_order_relaxed);
     cursor_.store(0, std::memory_order_relaxed);
     phase_.store(phase + 1, std::memory_order_release);
