@@ -27,7 +27,7 @@ def let_torch_threads_sleep() -> None:
     """Have torch's threads sleep between its parallel loops, unless the environment says otherwise; before torch loads.
 
     GNU OpenMP's threads spin after each loop, on the processor that our kernels' threads want next: decode of a small
-    model took three times as long (docs/log.md, 2026-11-24).
+    model took more than three times as long (docs/log.md, 2026-11-24).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
