@@ -70,6 +70,7 @@ struct Packed {
   using S = Scales;
   static constexpr int bits = num_bits;
   static constexpr int zero = zero_point;
+  static constexpr bool lies_in_memory = true;  // rather than in L1, unpacked
   static constexpr std::size_t group_bytes = Scales::group_bytes + 64 * num_bits;
   static constexpr std::size_t super_bytes = Scales::super_bytes + Scales::groups * group_bytes;
 

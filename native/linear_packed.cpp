@@ -8,10 +8,12 @@
 //
 // That order depends on K alone, and the integers on nothing, so all forms and all numbers of rows give the same bits.
 //
-// Bytes: a panel's own, once per call for few rows; for many it is unpacked into L1 a block of columns at a time and
-// met by all rows. Operations: 16 x 32 products a group and row, in AVX2 8 x 2 (multiply, add) and about 8 more; decode
+// Bytes: a panel's own, once; for more than a few rows it is unpacked into L1 a block of columns at a time and met by all
+// of them. Operations: 16 x 32 products a group and row, in AVX2 8 x 2 (multiply, add) and about 8 more; decode
 // is bound by memory, prefill by the multipliers' rate.
 #include "linear.h"
+
+#include <type_traits>
 
 #include "formats.h"
 
@@ -19,9 +21,12 @@ namespace freehold::FREEHOLD_FORM {
 namespace {
 
 constexpr std::size_t ROWS_AT_ONCE = 6;
-// Rows that meet a panel as it lies; for more, unpacking it first costs less than unpacking it in the inner loop.
+// Rows that meet a panel as it lies, without blocks; for more, unpacking it first costs less than doing so in the inner
+// loop. Eight bits are never unpacked.
 constexpr int few_rows_of(int bits) { return bits == 8 ? 4 : 2; }
-constexpr std::size_t BLOCK_GROUPS = 32;  // columns unpacked at once: 1024, at most 22 KB
+// Groups that tiles of rows meet one after another. Many take L1 (32 groups, at most 22 KB). A few rows are through with
+// a block soon, so it is small: memory then reads the next while they are at it.
+constexpr std::size_t BLOCK_GROUPS = 32, SMALL_BLOCK_GROUPS = 8, SMALL_BLOCK_ROWS = 12;
 
 inline std::int32_t quad_of(const RowGroup& row, int i) {
   std::int32_t quad;
@@ -34,6 +39,7 @@ template <typename Format>
 struct Unpacked {
   static constexpr int bits = Format::bits;
   static constexpr int zero = Format::zero;
+  static constexpr bool lies_in_memory = false;
   struct S {
     static constexpr std::size_t groups = 1, super_bytes = 0;
     static constexpr bool has_minimum = Format::S::has_minimum;
@@ -68,6 +74,7 @@ void unpack(const std::uint8_t* panel, std::size_t num_supers, std::uint8_t* to)
     const std::uint8_t* super = panel + s * Format::super_bytes;
     for (std::size_t g = 0; g < S::groups; ++g) {
       const std::uint8_t* group = super + S::super_bytes + g * Format::group_bytes;
+      read_ahead<Format::group_bytes>(group);
       float* scales = reinterpret_cast<float*>(to);
       for (int half = 0; half < S::scales_per_group; ++half)
         store(scales + PANEL_ROWS * half, S::scale(super, group, half));
@@ -139,7 +146,9 @@ void add_supers(const std::uint8_t* panel, std::size_t num_supers, const RowGrou
   for (std::size_t s = 0; s < num_supers; ++s) {
     const std::uint8_t* super = panel + s * Format::super_bytes;
     for (std::size_t g = 0; g < S::groups; ++g) {
-      add_group<Format, rows>(super, super + S::super_bytes + g * Format::group_bytes, row, acc);
+      const std::uint8_t* group = super + S::super_bytes + g * Format::group_bytes;
+      if constexpr (Format::lies_in_memory) read_ahead<Format::group_bytes>(group);
+      add_group<Format, rows>(super, group, row, acc);
       for (int m = 0; m < rows; ++m) ++row[m];
     }
   }
@@ -169,19 +178,26 @@ void few_rows(const PanelCall& call, const std::uint8_t* panel, std::size_t num_
 
 template <typename Format>
 void many_rows(const PanelCall& call, const std::uint8_t* panel, std::size_t num_supers) {
-  constexpr std::size_t groups = Format::S::groups, most = BLOCK_GROUPS / groups;
+  constexpr std::size_t groups = Format::S::groups;
+  constexpr bool unpacks = Format::bits != 8;
+  using Met = std::conditional_t<unpacks, Unpacked<Format>, Format>;
+  const std::size_t most = (unpacks && call.num_rows <= SMALL_BLOCK_ROWS ? SMALL_BLOCK_GROUPS : BLOCK_GROUPS) / groups;
   const std::size_t num_tiles = (call.num_rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
   const std::size_t height = (call.num_rows + num_tiles - 1) / num_tiles;  // of nearly equal tiles: 8 rows are 4 and 4
-  alignas(64) std::uint8_t block[BLOCK_GROUPS * Unpacked<Format>::group_bytes];
+  alignas(64) std::uint8_t unpacked[unpacks ? BLOCK_GROUPS * Met::group_bytes : 1];
   for (std::size_t s = 0; s < num_supers; s += most) {
     const std::size_t here = s + most < num_supers ? most : num_supers - s;
-    unpack<Format>(panel + s * Format::super_bytes, here, block);
+    const std::uint8_t* block = panel + s * Format::super_bytes;
+    if constexpr (unpacks) {
+      unpack<Format>(block, here, unpacked);
+      block = unpacked;
+    }
     for (std::size_t m = 0; m < call.num_rows; m += height) {
       const std::size_t count = m + height < call.num_rows ? height : call.num_rows - m;
       const RowGroup* row[ROWS_AT_ONCE];
       for (std::size_t i = 0; i < count; ++i) row[i] = static_cast<const RowGroup*>(call.rows[m + i]) + s * groups;
-      add_rows<Unpacked<Format>, static_cast<int>(ROWS_AT_ONCE)>(block, here * groups, row, count, call.out + m * call.stride,
-                                               call.stride, s == 0);
+      add_rows<Met, static_cast<int>(ROWS_AT_ONCE)>(block, here * groups / Met::S::groups, row, count,
+                                                    call.out + m * call.stride, call.stride, s == 0);
     }
   }
 }

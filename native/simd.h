@@ -24,6 +24,14 @@ namespace freehold::FREEHOLD_FORM {
 
 constexpr int LANES = 16;
 
+// Asks for bytes of a stream that is read from front to back, READ_AHEAD before they are wanted; it may end before.
+template <std::size_t num_bytes>
+inline void read_ahead([[maybe_unused]] const void* from) {
+  if constexpr (READ_AHEAD > 0)
+    for (std::size_t i = 0; i < num_bytes; i += 64)
+      prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(from) + READ_AHEAD + i));
+}
+
 inline F32& operator+=(F32& a, F32 b) { return a = a + b; }
 
 // e**x to 1 or 2 units in the last place; 0 below -87.3 (and for -inf), infinity above 88.3, NaN for NaN.

@@ -188,6 +188,7 @@ inline void add_products_8(I32& sums, Bytes weights, std::int32_t quad) {
     for (int j = 0; j < 4; ++j) sums.lane[i] += static_cast<std::int8_t>(weights.byte[4 * i + j]) * row[j];
 }
 
+constexpr std::size_t READ_AHEAD = 0;
 inline void prefetch(const void*) {}
 
 }  // namespace freehold::FREEHOLD_FORM
