@@ -76,10 +76,9 @@ class FreeholdEngine:
         """Return the likeliest next token of each sequence, [B]. Mutates: contexts and states."""
         lengths = [len(tokens) for tokens in new]
         layout = Layout.step(lengths, contexts, slots=range(len(new)), pages=pages, page_size=PAGE_SIZE)
-        hidden_TD = self._decoder(torch.tensor([token for tokens in new for token in tokens]), layout, states)
+        tokens_T = torch.tensor([token for tokens in new for token in tokens])
         contexts[:] = layout.ends
-        last_BD = hidden_TD[torch.tensor(layout.starts[1:]) - 1]
-        return likeliest(self._decoder.logits(last_BD))
+        return likeliest(self._decoder.predict(tokens_T, layout, states))
 
 
 def _rounded_up(num_tokens: int) -> int:

@@ -138,6 +138,20 @@ void run_program(const Program& program, const Kernels& form, int num_threads, A
   program.run(form, num_threads, residual, batch);
 }
 
+void read_program(const Program& program, const Kernels& form, int num_threads, Address tokens, Address hidden,
+                  bool is_bfloat16, std::size_t num_tokens, std::size_t width, const Batch& batch) {
+  const Residual residual{at(hidden), element(is_bfloat16), num_tokens, width, {}};
+  nb::gil_scoped_release unlocked;
+  program.read(form, num_threads, at<const std::int64_t>(tokens), residual, batch);
+}
+
+void predict_program(const Program& program, const Kernels& form, int num_threads, Address tokens, Address hidden,
+                     bool is_bfloat16, std::size_t num_tokens, std::size_t width, const Batch& batch, Address logits) {
+  const Residual residual{at(hidden), element(is_bfloat16), num_tokens, width, {}};
+  nb::gil_scoped_release unlocked;
+  program.predict(form, num_threads, at<const std::int64_t>(tokens), residual, batch, at(logits));
+}
+
 void pack(int num_threads, const Matrix& packed, Address stored) {
   constexpr std::size_t GRAIN = 4;
   nb::gil_scoped_release unlocked;
@@ -203,7 +217,10 @@ NB_MODULE(_kernels, module) {
       .def("add_attention", &add_attention)
       .def("add_mamba2", &add_mamba2)
       .def("add_moe", &add_moe)
-      .def("run", &run_program);
+      .def("set_ends", &Program::set_ends)
+      .def("run", &run_program)
+      .def("read", &read_program)
+      .def("predict", &predict_program);
   nb::class_<Kernels>(module, "Form")
       .def_prop_ro("name", [](const Kernels& form) { return std::string(form.form); })
       .def("rms_norm", &call_rms_norm)

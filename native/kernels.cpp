@@ -4,6 +4,7 @@
 #include "mamba2_mixer.h"
 #include "mlp.h"
 #include "moe.h"
+#include "pack.h"
 
 #define FREEHOLD_QUOTED_AGAIN(name) #name
 #define FREEHOLD_QUOTED(name) FREEHOLD_QUOTED_AGAIN(name)
@@ -30,6 +31,29 @@ void rms_norm(const Residual& from, void* out) {
       store_any(out, from.element, token * from.width + i, load_first(row + i, count), count);
     }
   }
+}
+
+// The rows of an embedding table that belong to tokens, which are within it.
+void embed(const Matrix& table, const std::int64_t* tokens, const Residual& to, int num_threads) {
+  const std::size_t width = to.width;
+  Scratch& memory = scratch();
+  memory.reset();
+  float* rows = memory.take<float>(num_threads * width);  // one for each member
+  if (to.num_tokens < static_cast<std::size_t>(num_threads)) num_threads = static_cast<int>(to.num_tokens);
+  run_team(num_threads, [&](Team& team, int member) {
+    float* row = rows + member * width;
+    for_each(team, to.num_tokens, grain_of(team, to.num_tokens), [&](std::size_t token) {
+      const std::size_t number = static_cast<std::size_t>(tokens[token]);
+      if (table.is_plain())
+        load_row(table.data, table.format == Format::float32 ? Element::float32 : Element::bfloat16, number * width, width, row);
+      else
+        unpack_row(table, number, row);
+      for (std::size_t i = 0; i < width; i += LANES) {
+        const std::size_t count = width - i < LANES ? width - i : LANES;
+        store_any(to.row(token), to.element, i, load_first(row + i, count), count);
+      }
+    });
+  });
 }
 
 void linear(const Linear& call, int num_threads) {
@@ -88,8 +112,8 @@ void largest(const float* rows, std::size_t num_rows, std::size_t width, std::in
 }  // namespace
 
 const Kernels& kernels() {
-  static const Kernels mine{FREEHOLD_QUOTED(FREEHOLD_FORM), rms_norm,        linear,
-                            largest,                       mlp,             attention_mixer, mamba2_mixer, moe};
+  static const Kernels mine{FREEHOLD_QUOTED(FREEHOLD_FORM), rms_norm, embed, linear, largest,
+                            mlp, attention_mixer, mamba2_mixer, moe};
   return mine;
 }
 

@@ -7,7 +7,8 @@ namespace freehold {
 
 struct Kernels {
   const char* form;
-  void (*rms_norm)(const Residual& from, void* out);
+  void (*rms_norm)(const Residual& from, void* out);  // which may be where it comes from
+  void (*embed)(const Matrix& table, const std::int64_t* tokens, const Residual& to, int num_threads);
   void (*linear)(const Linear&, int num_threads);
   // The place of each row's largest value, of equals the first; a NaN counts as larger than any number.
   void (*largest)(const float* rows, std::size_t num_rows, std::size_t width, std::int64_t* places);

@@ -34,16 +34,13 @@ class ScriptedDecoder:
     def allocate_states(self, capacity: Capacity) -> list[State]:
         return []
 
-    def __call__(self, tokens_T: Tensor, layout: Layout, states: Sequence[State] | None = None) -> Tensor:
+    def predict(self, tokens_T: Tensor, layout: Layout, states: Sequence[State] | None = None) -> Tensor:
         self.num_read += layout.num_tokens
         if layout.contexts[0] == 0 or layout.num_tokens > 1:
             self._prompt_length = layout.ends[0]
-        return layout.positions_T[:, None].float()
-
-    def logits(self, hidden_TD: Tensor) -> Tensor:
-        logits_TV = torch.zeros(len(hidden_TD), self.spec.vocab_size)
-        for row_V, position in zip(logits_TV, hidden_TD[:, 0].int().tolist(), strict=True):
-            index = max(0, position + 1 - self._prompt_length)
+        logits_BV = torch.zeros(layout.num_sequences, self.spec.vocab_size)
+        for row_V, end in zip(logits_BV, layout.ends, strict=True):
+            index = max(0, end - self._prompt_length)
             row_V[self._script[min(index, len(self._script) - 1)]] = 50.0
             self._say(row_V)
-        return logits_TV
+        return logits_BV

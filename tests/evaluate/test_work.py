@@ -31,7 +31,7 @@ def run_counted(decoder, *, length, batch=1, context=0):
             pages=[[b] for b in range(batch)],
             page_size=PAGE,
         )
-        return runs.logits(runs(tokens_T, layout, states)[-batch:])
+        return runs.predict(tokens_T, layout, states)
 
     counting = CountingDecoder(decoder)
     with torch.inference_mode():

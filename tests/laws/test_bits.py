@@ -8,9 +8,11 @@ import torch
 from hypothesis import given
 
 from freehold.evaluate.laws import company, prefill_equals_decode
-from freehold.models.block import Block, RmsNorm
+from freehold.models.block import Block
 from freehold.models.decoder import Decoder
-from freehold.models.layout import Layout
+from freehold.models.layout import Capacity, Layout, States
+from freehold.ops.attention import PAGE_TOKENS
+from freehold.ops.mixers import Program
 from freehold.ops.native import Batch
 from models.forms import needs_kernels, on_threads
 from models.packing import PACKED_LLAMA, PACKED_NEMOTRON, SUPER_QWEN, pack_decoder
@@ -61,6 +63,32 @@ def test_packed_sequences_without_state_have_the_bits_of_each_with_state(name, s
         hidden = decoder(tokens_T, Layout.packed(lengths)).split(lengths)
     for tokens, found_LD in zip(schedule.sequences, hidden, strict=True):
         assert torch.equal(found_LD, result_alone(name, tokens).hidden_LD)
+
+
+def step_of(decoder: Decoder, lengths: Sequence[int]) -> tuple[Layout, States]:
+    """Return a first step of sequences of these lengths, a page each."""
+    count = len(lengths)
+    states = decoder.allocate_states(Capacity(num_slots=count, num_pages=count, page_size=PAGE_TOKENS))
+    pages = [[b] for b in range(count)]
+    return Layout.step(lengths, [0] * count, slots=range(count), pages=pages, page_size=PAGE_TOKENS), states
+
+
+@EACH
+@pytest.mark.parametrize("lengths", [(1,), (5, 1, 3), (1, 1)], ids=str)
+def test_what_follows_is_predicted_from_each_last_hidden_state(name, lengths):
+    decoder, tokens_T = decoder_of(name), random_tokens(sum(lengths))
+    with torch.inference_mode():
+        hidden_TD = decoder(tokens_T, *step_of(decoder, lengths))
+        expected_BV = decoder.logits(hidden_TD[torch.tensor(lengths).cumsum(0) - 1])
+        assert torch.equal(decoder.predict(tokens_T, *step_of(decoder, lengths)), expected_BV)
+        assert torch.equal(decoder.predict(tokens_T, Layout.packed(lengths)), expected_BV)
+
+
+@pytest.mark.parametrize("unknown", [-1, 10**6])
+def test_a_token_that_the_table_has_not_is_refused(unknown):
+    decoder = decoder_of("llama-Q8_0")
+    with torch.inference_mode(), pytest.raises(IndexError, match=f"token {unknown} of {decoder.spec.vocab_size}"):
+        decoder.predict(torch.tensor([1, unknown]), *step_of(decoder, [2]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -138,6 +166,10 @@ def test_kernels_with_another_batch_give_other_bits(name, changes, monkeypatch):
 
 @pytest.mark.parametrize("scale", [1.0, 1 + 2.0**-23], ids=["as-it-is", "one-bit-off"])
 def test_one_bit_in_decode_alone_is_found(scale, monkeypatch):
-    exact = RmsNorm.forward
-    monkeypatch.setattr(RmsNorm, "forward", lambda self, x_TD: exact(self, x_TD) * (scale if len(x_TD) == 2 else 1.0))
+    exact = Program.read
+
+    def read(self, tokens_T, batch, dtype):
+        return exact(self, tokens_T, batch, dtype) * (scale if len(tokens_T) == 2 else 1.0)
+
+    monkeypatch.setattr(Program, "read", read)
     assert breaks("llama-float32") is (scale != 1.0)

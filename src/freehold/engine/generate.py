@@ -32,11 +32,11 @@ class Continuation:
         """Return float32 logits [V] for what follows after these further tokens. Mutates: this sequence's state."""
         assert tokens, "there is nothing to read"
         for begin in range(0, len(tokens), PREFILL_TOKENS):
-            last_D = self._step(tokens[begin : begin + PREFILL_TOKENS])
-        return self._decoder.logits(last_D[None])[0]
+            logits_V = self._step(tokens[begin : begin + PREFILL_TOKENS])
+        return logits_V
 
     def _step(self, tokens: Sequence[int]) -> Tensor:
-        """Return the last hidden state [D]."""
+        """Return logits [V]."""
         while self._num_tokens + len(tokens) > self._num_pages * PAGE_SIZE:
             self._num_pages *= 2
             self._states = States(_with_pages(state, self._num_pages) for state in self._states)
@@ -49,9 +49,9 @@ class Continuation:
             page_size=PAGE_SIZE,
             device=device,
         )
-        hidden_TD = self._decoder(torch.tensor(tokens, device=device), layout, self._states)
+        logits_BV = self._decoder.predict(torch.tensor(tokens, device=device), layout, self._states)
         self._num_tokens += len(tokens)
-        return hidden_TD[-1]
+        return logits_BV[0]
 
 
 def _with_pages(state: State, num_pages: int) -> State:

@@ -277,9 +277,9 @@ class Sequences:
         """Return the likeliest next token of each sequence, after a prompt in parts or one token each."""
         for part_T in tokens_T.split(PREFILL_TOKENS if case.prompt else case.batch):
             lengths = [len(part_T)] if case.prompt else [1] * case.batch
-            hidden_TD = decoder(part_T, self._layout(lengths, context), self._states)
+            logits_BV = decoder.predict(part_T, self._layout(lengths, context), self._states)
             context += len(part_T)
-        found: list[int] = likeliest(decoder.logits(hidden_TD[-case.batch :])).tolist()
+        found: list[int] = likeliest(logits_BV).tolist()
         return found
 
     def _layout(self, lengths: Sequence[int], context: int) -> Layout:

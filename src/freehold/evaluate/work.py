@@ -6,6 +6,7 @@ Belongs here: counting, on the tokens of a real step. Not here: how long a step 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from freehold.engine.plan import count_parts, part_of
@@ -75,11 +76,12 @@ class CountingDecoder:
         self.work.operations += 2 * self._body_active * len(tokens_T)
         return self._decoder.norm(hidden_TD)
 
-    def logits(self, hidden_TD: Tensor) -> Tensor:
-        """Return float32 logits [T, V]. Mutates: `work`."""
+    def predict(self, tokens_T: Tensor, layout: Layout, states: Sequence[State]) -> Tensor:
+        """Return float32 logits [B, V] of what follows each sequence's last token. Mutates: states, `work`."""
+        hidden_TD = self(tokens_T, layout, states)
         self.work.read_bytes += self._head_bytes
-        self.work.operations += 2 * self._head_active * len(hidden_TD)
-        return self._decoder.logits(hidden_TD)
+        self.work.operations += 2 * self._head_active * layout.num_sequences
+        return self._decoder.logits(hidden_TD[torch.tensor(layout.starts[1:]) - 1])
 
 
 def count_experts(block: nn.Module, hidden_TD: Tensor) -> int:

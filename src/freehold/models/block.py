@@ -28,6 +28,11 @@ class RmsNorm(nn.Module):
     def forward(self, hidden_TD: Tensor) -> Tensor:
         return rms_norm(hidden_TD, self.weight, eps=self.eps, order=self.order)
 
+    @property
+    def for_kernels(self) -> Norm:
+        """This norm as a program takes it."""
+        return Norm(weight_D=self.weight, eps=self.eps, order=self.order)
+
 
 class Block(nn.Module):
     """x + mixer(norm(x))."""
@@ -67,8 +72,7 @@ class Block(nn.Module):
 
     def add_to(self, program: Program, state: State) -> None:
         """Add this block to a program. Mutates: program."""
-        norm = Norm(weight_D=self.norm.weight, eps=self.norm.eps, order=self.norm.order)
-        self.mixer.add_to(program, norm, state)  # type: ignore[arg-type]  # a block's state is of its mixer's kind
+        self.mixer.add_to(program, self.norm.for_kernels, state)  # type: ignore[arg-type]  # a block's state is of its mixer's kind
 
     def _run(self, hidden_TD: Tensor, layout: Layout, state: State) -> Tensor:
         if state is None and not layout.page_size:

@@ -11,8 +11,7 @@ from freehold.models.layout import Capacity, Layout, State, States, allocate_sta
 from freehold.models.linear import Embedding, Linear, set_weight
 from freehold.models.mtp import Mtp
 from freehold.models.spec import DecoderSpec
-from freehold.ops.mixers import Program
-from freehold.ops.native import is_native
+from freehold.ops.mixers import Program, can_run
 from freehold.ops.weight import Packed
 
 
@@ -41,28 +40,40 @@ class Decoder(nn.Module):
 
         Mutates: `states`, one entry per block; without them every sequence starts anew and nothing is kept.
         """
+        if program := self._program(states):
+            return program.read(tokens_T, layout.batch, self.dtype)
         hidden_TD = self.embeddings(tokens_T).to(self.dtype)  # rows of a packed table come in float32
-        if isinstance(states, States) and (program := self._program(states, hidden_TD)):
-            program.run(hidden_TD, layout.batch)
-        else:
-            for block, state in zip(self.blocks, states or [None] * len(self.blocks), strict=True):
-                hidden_TD = block(hidden_TD, layout, state)
+        for block, state in zip(self.blocks, states or [None] * len(self.blocks), strict=True):
+            hidden_TD = block(hidden_TD, layout, state)
         return self.norm(hidden_TD)
+
+    def predict(self, tokens_T: Tensor, layout: Layout, states: Sequence[State] | None = None) -> Tensor:
+        """Return float32 logits [B, V] of what follows each sequence's last token.
+
+        Mutates: `states`, as `forward` does.
+        """
+        if program := self._program(states):
+            return program.predict(tokens_T, layout.batch, self.dtype).float()
+        last_B = torch.tensor(layout.starts[1:], device=tokens_T.device) - 1
+        return self.logits(self(tokens_T, layout, states)[last_B])
 
     def is_native(self) -> bool:
         """Return whether the kernels can take every block: then results are the same bits in any company."""
         blocks = cast(Iterable[Block], self.blocks)
-        return is_native(self.norm.weight) and all(block.is_native() for block in blocks)
+        ends = (self.embeddings.weight, self.norm.weight, self.lm_head.weight)
+        return can_run(ends) and all(block.is_native() for block in blocks)
 
-    def _program(self, states: States, hidden_TD: Tensor) -> Program | None:
-        """Return the blocks as one call over these states, None where the kernels cannot take them or a gradient may be
+    def _program(self, states: Sequence[State] | None) -> Program | None:
+        """Return this decoder as one call over these states, None where the kernels cannot take it or a gradient may be
         wanted."""
-        if torch.is_grad_enabled() or not is_native(hidden_TD):
+        if not isinstance(states, States) or torch.is_grad_enabled():
             return None
         if states.program is None and self.is_native():
-            states.program = Program()
+            program = Program()
+            program.set_ends(embeddings=self.embeddings.weight, norm=self.norm.for_kernels, head=self.lm_head.weight)
             for block, state in zip(cast(Iterable[Block], self.blocks), states, strict=True):
-                block.add_to(states.program, state)
+                block.add_to(program, state)
+            states.program = program
         return states.program
 
     def packed_weights(self) -> dict[str, Packed]:

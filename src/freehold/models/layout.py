@@ -180,7 +180,7 @@ State = PagedKV | Recurrent | None
 class States(tuple[State, ...]):
     """The states of a decoder, one entry per block.
 
-    program: the decoder's blocks as one native call over these states, once it has been put together; the weights that
+    program: the decoder as one native call over these states, once it has been put together; the weights that
     the decoder has at that time are those that it keeps using.
     """
 

@@ -1,4 +1,4 @@
-"""Residual blocks as native calls, and a list of them as one: hidden = hidden + mixer(norm(hidden)), in place.
+"""Residual blocks as native calls, hidden = hidden + mixer(norm(hidden)) in place, and a whole decoder as one.
 
 The twins are the mixers of `models`, which are put together from the ops beside this file. Belongs here: what a call
 takes, and whether the kernels can take it. Not here: modules, specs, and what to do where they cannot.
@@ -48,6 +48,38 @@ class Program:
         self._native.run(
             kernels(), torch.get_num_threads(), hidden_TD.data_ptr(), is_bfloat16, num_tokens, width, batch.native
         )
+
+    def set_ends(self, *, embeddings: Weight, norm: "Norm", head: Weight) -> None:
+        """Say what comes before the blocks and after them, so that `read` and `predict` can go from tokens."""
+        self._width = embeddings.shape[1]
+        self._vocab_size = head.shape[0]
+        self._native.set_ends(self._matrix(embeddings), self._norm(norm), self._matrix(head))
+
+    def read(self, tokens_T: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
+        """Return the hidden states after the final norm, [T, D]. Mutates: the states.
+
+        Raises: IndexError for a token that the table has not.
+        """
+        hidden_TD = torch.empty(len(tokens_T), self._width, dtype=dtype)
+        self._native.read(*self._step(tokens_T, hidden_TD, batch))
+        return hidden_TD
+
+    def predict(self, tokens_T: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
+        """Return the logits of what follows each sequence's last token, [B, V]. Mutates: the states.
+
+        Raises: IndexError for a token that the table has not.
+        """
+        hidden_TD = torch.empty(len(tokens_T), self._width, dtype=dtype)
+        logits_BV = torch.empty(batch.num_sequences, self._vocab_size, dtype=dtype)
+        self._native.predict(*self._step(tokens_T, hidden_TD, batch), logits_BV.data_ptr())
+        return logits_BV
+
+    def _step(self, tokens_T: Tensor, hidden_TD: Tensor, batch: Batch) -> tuple[Any, ...]:
+        assert tokens_T.dtype is torch.int64, "tokens are ids"
+        assert tokens_T.is_contiguous(), "ids lie one after the other"
+        is_bfloat16 = hidden_TD.dtype is torch.bfloat16
+        addresses = tokens_T.data_ptr(), hidden_TD.data_ptr()
+        return kernels(), torch.get_num_threads(), *addresses, is_bfloat16, *hidden_TD.shape, batch.native
 
     def add_mlp(self, norm: "Norm", *, gate: Weight | None, up: Weight, down: Weight) -> None:
         """Add down(silu(gate(x)) * up(x)), or down(relu(up(x)) ** 2) without a gate."""

@@ -69,6 +69,7 @@ class Batch:
         pages: Sequence[Sequence[int]],
         page_size: int,
     ):
+        self.num_sequences = len(contexts)
         most = max(map(len, pages), default=0)
         rows = [page for row in pages for page in (*row, *(0 for _ in range(most - len(row))))]
         self._arrays = [array("i", values) for values in (starts, contexts, slots, rows)]
