@@ -14,13 +14,13 @@ namespace {
 
 // How a waiting thread passes its time: it polls, then lets others run between its polls, then parks.
 //
-// Between calls it parks after some hundreds of microseconds, which is longer than the gap between two steps of decoding
+// Between calls it parks after some tens of microseconds, which is longer than the gap between two calls of a decode step
 // and short enough to leave the processor to others where there is nothing to do. Within a call the others are at work
 // and will come: waking a parked thread costs more than most waits, and a step has hundreds of them.
 struct Patience {
   int polls, yields;
 };
-constexpr Patience BETWEEN_CALLS{4000, 1000}, WITHIN_CALL{1000, 5000};
+constexpr Patience BETWEEN_CALLS{4000, 0}, WITHIN_CALL{1000, 5000};
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
