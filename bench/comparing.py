@@ -131,7 +131,7 @@ def _share(result: dict[str, Any], name: str, tokens_per_s: float) -> str:
             for kind, rate in machine.items()
             if kind.endswith("_operations_per_s")
         ]
-        return f"{', '.join(shares)} matrix peak"
+        return f"{', '.join(shares)} peak"
     return ""
 
 

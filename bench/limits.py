@@ -1,16 +1,13 @@
 """What a model asks of a machine for one token, and what the machine gives: the limits beside each benchmark."""
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
 
 from freehold.checkpoint.load import open_described
 from freehold.engine.plan import count_parts
-from freehold.evaluate.limits import fastest_type, matrix_rate
-
-MATRIX_TYPES = (torch.float32, torch.bfloat16, torch.int8)
+from freehold.evaluate.limits import ARITHMETICS, product_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +35,6 @@ def work_of(path: Path, weights: str) -> Work:
     return Work(decode_bytes=decode_bytes, prefill_operations=2 * body)
 
 
-def matrix_rates(num_threads: int) -> dict[str, float]:
-    """Return operations per second of torch's matrix product in float32, and in the type that is fastest here."""
-    types = {torch.float32, _fastest(num_threads)}
-    return {str(dtype).removeprefix("torch."): matrix_rate(dtype, num_threads) for dtype in types}
-
-
-@cache
-def _fastest(num_threads: int) -> torch.dtype:
-    return fastest_type(MATRIX_TYPES, num_threads)
+def product_rates(num_threads: int) -> dict[str, float]:
+    """Return operations per second of multiplying and adding in registers, of each kind that kernels use."""
+    return {arithmetic: product_rate(arithmetic, num_threads) for arithmetic in ARITHMETICS}

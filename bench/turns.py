@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limits import matrix_rates
+from limits import product_rates
 
 from freehold.evaluate.limits import read_bandwidth
 
@@ -133,7 +133,7 @@ class Record:
         if item.limit == "memory":
             self.machine.setdefault("read_bytes_per_s", []).append(read_bandwidth(num_threads))
         elif item.limit == "matrix":
-            for kind, rate in matrix_rates(num_threads).items():
+            for kind, rate in product_rates(num_threads).items():
                 self.machine.setdefault(f"{kind}_operations_per_s", []).append(rate)
 
 

@@ -1,4 +1,4 @@
-// Causal attention over pages: rotation of queries and keys, the pages' new entries, scores, softmax and mix.
+// Causal attention over pages: scores, softmax and mix.
 //
 // Operations: 2 K multiply-adds and one exponential for each pair of a query row and a key it sees. Bytes: a tile of
 // query rows reads each key and value it sees once, 2 K elements a key. A prompt's tile of TILE_ROWS rows is bound by
@@ -9,9 +9,7 @@
 // over k, in a lane of its own; a row's maximum and sums see whole blocks, masked keys as exact zeros; a mixed value is
 // one chain over the keys the row sees, and a key it does not see is not multiplied by zero but left out (0 * NaN, and
 // -0 + 0, would tell).
-#include "attention.h"
-
-#include "simd.h"
+#include "attention_pages.h"
 
 namespace freehold::FREEHOLD_FORM {
 namespace {
@@ -22,112 +20,12 @@ constexpr int SUMS_IN_REGISTERS = 20, STRIP_ROWS = 8;
 #else
 constexpr int SUMS_IN_REGISTERS = 6, STRIP_ROWS = 6;
 #endif
-// A float32 page is read by the multiply-add itself; what a bfloat16 widens to takes a sum's place.
+// A float32 page is read by the multiply-add itself; what a narrower one widens to takes a sum's place.
 template <typename Page>
 constexpr int SUMS_BESIDE = sizeof(Page) == sizeof(float) ? SUMS_IN_REGISTERS : SUMS_IN_REGISTERS - 1;
 
-constexpr int TILE_ROWS = 48;      // a block of keys stays in the nearest cache for this many rows
-constexpr int ROTATE_TOKENS = 32;  // most tokens of a task of rotate_and_write
-constexpr int SPREAD = 4;          // tasks for each member, so that a late one delays little
+constexpr int TILE_ROWS = 48;  // a block of keys stays in the nearest cache for this many rows
 constexpr float LANE_NUMBERS[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-constexpr int smaller(int a, int b) { return a < b ? a : b; }
-constexpr int larger(int a, int b) { return a > b ? a : b; }
-constexpr int divided_up(int a, int b) { return (a + b - 1) / b; }
-
-// Where the block of a sequence that holds `position` begins, in either kind of pages, for one key/value head.
-std::size_t block_offset(const Attention& a, int sequence, int kv_head, int position) {
-  const Batch& batch = a.batch;
-  const std::size_t row = static_cast<std::size_t>(sequence) * batch.pages_per_sequence + position / batch.page_size;
-  const std::size_t page_head = static_cast<std::size_t>(batch.pages[row]) * a.num_kv_heads + kv_head;
-  const std::size_t in_page = position % batch.page_size / KEYS_PER_BLOCK * KEYS_PER_BLOCK;
-  return (page_head * batch.page_size + in_page) * a.head_dim;
-}
-
-std::size_t token_width(const Attention& a) {
-  return static_cast<std::size_t>(a.num_heads + 2 * a.num_kv_heads) * a.head_dim;
-}
-
-// ---- Phase 1: rotation, and the pages' new entries ----
-
-inline F32 rotated_first(F32 first, F32 second, F32 cosine, F32 sine) {
-  return fma(first, cosine, splat(0.0f) - second * sine);
-}
-inline F32 rotated_second(F32 first, F32 second, F32 cosine, F32 sine) { return fma(second, cosine, first * sine); }
-
-// One head turned by its position's angles; `to` may be `from`. Channel i pairs with i + K / 2.
-void rotate_head(const float* from, float* to, const float* rotation, int head_dim) {
-  const int half = head_dim / 2;
-  int k = 0;
-  for (; k + LANES <= half; k += LANES) {
-    const F32 first = load(from + k), second = load(from + half + k);
-    const F32 cosine = load(rotation + k), sine = load(rotation + half + k);
-    store(to + k, rotated_first(first, second, cosine, sine));
-    store(to + half + k, rotated_second(first, second, cosine, sine));
-  }
-  if (const int left = half - k; left > 0) {
-    const F32 first = load_first(from + k, left), second = load_first(from + half + k, left);
-    const F32 cosine = load_first(rotation + k, left), sine = load_first(rotation + half + k, left);
-    store_first(to + k, rotated_first(first, second, cosine, sine), left);
-    store_first(to + half + k, rotated_second(first, second, cosine, sine), left);
-  }
-}
-
-template <typename Page>
-void write_key(const float* key, Page* block, int slot, int head_dim) {
-  Page rounded[MAX_HEAD_DIM];
-  for (int k = 0; k < head_dim; k += LANES) store(rounded + k, load(key + k));
-  Page* lane = block + slot / LANES * LANES * head_dim + slot % LANES;
-  for (int k = 0; k < head_dim; ++k) lane[k * LANES] = rounded[k];
-}
-
-template <typename Page>
-void write_value(const float* value, Page* block, int slot, int head_dim) {
-  for (int k = 0; k < head_dim; k += LANES) store(block + slot * head_dim + k, load(value + k));
-}
-
-// One token's queries of one key/value head, its key and its value.
-template <typename Page>
-void rotate_and_write_token(const Attention& a, int sequence, int token, int kv_head) {
-  const int position = a.batch.contexts[sequence] + token - a.batch.starts[sequence];
-  const int group = a.num_heads / a.num_kv_heads, head_dim = a.head_dim;
-  float* of_token = a.qkv + token * token_width(a);
-  const float* key = of_token + (a.num_heads + kv_head) * head_dim;
-  const float* value = key + a.num_kv_heads * head_dim;
-  float rotated_key[MAX_HEAD_DIM];
-  if (a.rotation != nullptr) {
-    const float* rotation = a.rotation + static_cast<std::size_t>(position) * head_dim;
-    for (int head = kv_head * group; head < (kv_head + 1) * group; ++head)
-      rotate_head(of_token + head * head_dim, of_token + head * head_dim, rotation, head_dim);
-    rotate_head(key, rotated_key, rotation, head_dim);
-    key = rotated_key;
-  }
-  const std::size_t offset = block_offset(a, sequence, kv_head, position);
-  write_key(key, static_cast<Page*>(a.key_pages) + offset, position % KEYS_PER_BLOCK, head_dim);
-  write_value(value, static_cast<Page*>(a.value_pages) + offset, position % KEYS_PER_BLOCK, head_dim);
-}
-
-// Tasks are some tokens of one key/value head. Neighbours in a sequence share the lines of its keys, so that a task
-// takes many where there are many.
-template <typename Page>
-void rotate_and_write_pages(Team& team, const Attention& a) {
-  const int num_tokens = a.batch.num_tokens();
-  const int task_tokens = larger(1, smaller(ROTATE_TOKENS, num_tokens / (SPREAD * team.size())));
-  const std::size_t num_tasks = static_cast<std::size_t>(divided_up(num_tokens, task_tokens)) * a.num_kv_heads;
-  int sequence = 0;
-  for (std::size_t task = team.claim(); task < num_tasks; task = team.claim()) {
-    const int kv_head = static_cast<int>(task % a.num_kv_heads);
-    const int first = static_cast<int>(task / a.num_kv_heads) * task_tokens;
-    while (a.batch.starts[sequence + 1] <= first) ++sequence;  // tasks come in order, so it never steps back
-    int of_token = sequence;
-    for (int token = first; token < smaller(first + task_tokens, num_tokens); ++token) {
-      while (a.batch.starts[of_token + 1] <= token) ++of_token;
-      rotate_and_write_token<Page>(a, of_token, token, kv_head);
-    }
-  }
-}
-
-// ---- Phase 2: attention ----
 
 // Rows of one sequence and one key/value head, in order of token and then of query head: row i is head i % G of token
 // i / G, with G = H / J. Rows are worked on in strips of nearly equal height.
@@ -152,7 +50,8 @@ struct Tile {
 
 // 16 * GROUPS keys meet ROWS queries, lanes are keys.
 template <int ROWS, int GROUPS, typename Page>
-inline void score_keys(const float* queries, const Page* keys, const Page* ahead, int head_dim, float* scores) {
+inline void score_keys(const float* queries, const Page* keys, [[maybe_unused]] const float* scales, const Page* ahead,
+                       int head_dim, float* scores) {
   F32 sums[ROWS][GROUPS];
 #pragma GCC unroll 16
   for (int row = 0; row < ROWS; ++row)
@@ -162,7 +61,7 @@ inline void score_keys(const float* queries, const Page* keys, const Page* ahead
 #pragma GCC unroll 16
     for (int group = 0; group < GROUPS; ++group) {
       const int at = (group * head_dim + k) * LANES;
-      const F32 key = load(keys + at);
+      const F32 key = load_page(keys + at);
       prefetch(ahead + at);
 #pragma GCC unroll 16
       for (int row = 0; row < ROWS; ++row)
@@ -172,7 +71,10 @@ inline void score_keys(const float* queries, const Page* keys, const Page* ahead
 #pragma GCC unroll 16
   for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 16
-    for (int group = 0; group < GROUPS; ++group) store(scores + row * KEYS_PER_BLOCK + group * LANES, sums[row][group]);
+    for (int group = 0; group < GROUPS; ++group) {
+      if constexpr (IS_SCALED<Page>) sums[row][group] = sums[row][group] * load(scales + group * LANES);
+      store(scores + row * KEYS_PER_BLOCK + group * LANES, sums[row][group]);
+    }
 }
 
 // Keys from `first` to `end` give 16 * COLUMNS of their values to ROWS rows, lanes are values.
@@ -189,7 +91,7 @@ inline void mix_columns(const float* weights, const Page* values, const Page* ah
 #pragma GCC unroll 16
     for (int column = 0; column < COLUMNS; ++column) {
       const int at = key * head_dim + column * LANES;
-      const F32 value = load(values + at);
+      const F32 value = load_page(values + at);
       prefetch(ahead + at);
 #pragma GCC unroll 16
       for (int row = 0; row < ROWS; ++row)
@@ -223,6 +125,7 @@ template <typename Page>
 struct Block {
   int start;  // position of its first key
   const Page *keys, *values, *next_keys;
+  const float *key_scales, *value_scales;  // null where pages are not scaled
 };
 
 // Writes the scores of a strip, all 32 of the block: slots that hold nothing yet spoil their own lanes alone.
@@ -231,7 +134,7 @@ void score_strip(Tile& tile, int strip, const Block<Page>& block, int head_dim) 
   const int start = tile.strip_start(strip);
   constexpr int groups = GROUPS_OF<ROWS, Page>;
   for (int key = 0; key < KEYS_PER_BLOCK; key += groups * LANES)
-    score_keys<ROWS, groups>(tile.queries + start * head_dim, block.keys + key * head_dim,
+    score_keys<ROWS, groups>(tile.queries + start * head_dim, block.keys + key * head_dim, block.key_scales + key,
                              block.values + key * head_dim, head_dim, tile.weights + start * KEYS_PER_BLOCK + key);
 }
 
@@ -300,6 +203,15 @@ void weigh_rows(Tile& tile, int first_row, int start) {
   }
 }
 
+// The weights of scaled values carry their scale. What a row does not see stays unread.
+void scale_weights(Tile& tile, int first_row, const float* scales) {
+  for (int row = first_row; row < tile.num_rows; ++row)
+    for (int key = 0; key < KEYS_PER_BLOCK; key += LANES) {
+      float* weights = tile.weights + row * KEYS_PER_BLOCK + key;
+      store(weights, load(weights) * load(scales + key));
+    }
+}
+
 // Takes in the queries of rows from `first_row`, scaled, and what each may see.
 void begin_tile(Tile& tile, const Attention& a, int sequence, int kv_head, int first_row, int num_rows) {
   const int group = a.num_heads / a.num_kv_heads, head_dim = a.head_dim;
@@ -332,10 +244,13 @@ void finish_tile(const Tile& tile, const Attention& a, int sequence, int kv_head
 
 template <typename Page>
 Block<Page> block_at(const Attention& a, int sequence, int kv_head, int start, int end) {
-  const std::size_t offset = block_offset(a, sequence, kv_head, start);
+  const std::size_t before = keys_before(a, sequence, kv_head, start);
   const int next = start + KEYS_PER_BLOCK < end ? start + KEYS_PER_BLOCK : start;
   const Page *keys = static_cast<const Page*>(a.key_pages), *values = static_cast<const Page*>(a.value_pages);
-  return {start, keys + offset, values + offset, keys + block_offset(a, sequence, kv_head, next)};
+  Block<Page> block{start, keys + before * a.head_dim, values + before * a.head_dim,
+                    keys + keys_before(a, sequence, kv_head, next) * a.head_dim, nullptr, nullptr};
+  if constexpr (IS_SCALED<Page>) block.key_scales = a.key_scales + before, block.value_scales = a.value_scales + before;
+  return block;
 }
 
 template <typename Page>
@@ -349,6 +264,7 @@ void attend_tile(const Attention& a, int sequence, int kv_head, int first_row, i
     const Block<Page> block = block_at<Page>(a, sequence, kv_head, start, end);
     for (int strip = first_strip; strip < tile.num_strips; ++strip) score_any_strip(tile, strip, block, a.head_dim);
     weigh_rows(tile, tile.strip_start(first_strip), start);
+    if constexpr (IS_SCALED<Page>) scale_weights(tile, tile.strip_start(first_strip), block.value_scales);
     for (int strip = first_strip; strip < tile.num_strips; ++strip) mix_any_strip(tile, strip, block, a.head_dim);
   }
   finish_tile(tile, a, sequence, kv_head, first_row);
@@ -374,14 +290,12 @@ void attend_pages(Team& team, const Attention& a) {
 
 }  // namespace
 
-void rotate_and_write(Team& team, const Attention& attention) {
-  if (attention.page_element == Element::bfloat16) return rotate_and_write_pages<std::uint16_t>(team, attention);
-  rotate_and_write_pages<float>(team, attention);
-}
-
 void attend(Team& team, const Attention& attention) {
-  if (attention.page_element == Element::bfloat16) return attend_pages<std::uint16_t>(team, attention);
-  attend_pages<float>(team, attention);
+  switch (attention.page_element) {
+    case PageElement::float32: return attend_pages<float>(team, attention);
+    case PageElement::bfloat16: return attend_pages<std::uint16_t>(team, attention);
+    case PageElement::int8: return attend_pages<std::int8_t>(team, attention);
+  }
 }
 
 }  // namespace freehold::FREEHOLD_FORM

@@ -6,13 +6,14 @@
 #pragma once
 
 #include "batch.h"
-#include "elements.h"
 #include "pool.h"
 
 namespace freehold {
 
 constexpr int KEYS_PER_BLOCK = 32;  // a page holds a whole number of blocks
 constexpr int MAX_HEAD_DIM = 256;   // what the kernel's scratch on the stack has room for
+
+enum class PageElement : int { float32 = 0, bfloat16 = 1, int8 = 2 };
 
 struct Attention {
   int num_heads;     // H; query head h reads key/value head h / (H / J)
@@ -23,9 +24,10 @@ struct Attention {
   float* qkv;
   // [positions, K]: per position K / 2 cosines, then K / 2 sines; null where there are no positional encodings
   const float* rotation;
-  Element page_element;
+  PageElement page_element;
   void* key_pages;    // [pages, J, page_size / 16, K, 16]: sixteen keys side by side, so that lanes are keys
   void* value_pages;  // [pages, J, page_size, K]
+  float *key_scales, *value_scales;  // [pages, J, page_size], what int8 values are times; null for the other pages
   float* out;         // [T, H K]
 };
 

@@ -47,10 +47,7 @@ void attention_mixer(AttentionMixer call, int num_threads) {
     team.barrier();
     attend(team, call.attention);
     team.barrier();
-    if (mixed.groups) {
-      for_each(team, num_tokens, 1, [&](std::size_t token) { mixed.quantize(token); });
-      team.barrier();
-    }
+    quantize_all(team, mixed);
     add_product(team, residual, mixed, call.output);
   });
 }

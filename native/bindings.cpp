@@ -72,6 +72,16 @@ void call_largest(const Kernels& form, Address rows, std::size_t num_rows, std::
   form.largest(at<const float>(rows), num_rows, width, at<std::int64_t>(places));
 }
 
+double call_multiply_in_registers(const Kernels& form, int num_threads, Arithmetic arithmetic, std::size_t num_rounds) {
+  nb::gil_scoped_release unlocked;
+  return form.multiply_in_registers(arithmetic, num_rounds, num_threads);
+}
+
+void call_read_memory(const Kernels& form, int num_threads, Address data, std::size_t num_bytes) {
+  nb::gil_scoped_release unlocked;
+  form.read_memory(at<const std::uint8_t>(data), num_bytes, num_threads);
+}
+
 Norm norm_of(Address weight, bool is_bfloat16, float eps, bool cast_then_multiply) {
   return {at(weight), element(is_bfloat16), eps, cast_then_multiply};
 }
@@ -85,9 +95,10 @@ void add_mlp(Program& program, const Norm& norm, const Matrix& gate, const Matri
 void add_attention(Program& program, const Norm& norm, const Matrix& query, const Matrix& key, const Matrix& value,
                    Address query_bias, Address key_bias, Address value_bias, bool bias_is_bfloat16, const Matrix& output,
                    int num_heads, int num_kv_heads, int head_dim, Address rotation, Address key_pages,
-                   Address value_pages, bool pages_are_bfloat16) {
+                   Address value_pages, PageElement page_element, Address key_scales, Address value_scales) {
   const Attention inner{num_heads, num_kv_heads, head_dim, {}, nullptr, at<const float>(rotation),
-                        element(pages_are_bfloat16), at(key_pages), at(value_pages), nullptr};
+                        page_element, at(key_pages), at(value_pages), at<float>(key_scales), at<float>(value_scales),
+                        nullptr};
   program.add(AttentionMixer{residual_with(norm),
                              {query, key, value},
                              {at(query_bias), at(key_bias), at(value_bias)},
@@ -196,6 +207,14 @@ NB_MODULE(_kernels, module) {
       .value("Q4_K", Format::q4_k)
       .value("Q5_K", Format::q5_k)
       .value("Q6_K", Format::q6_k);
+  nb::enum_<Arithmetic>(module, "Arithmetic")
+      .value("float32", Arithmetic::float32)
+      .value("up_to_six_bits", Arithmetic::up_to_six_bits)
+      .value("eight_bits", Arithmetic::eight_bits);
+  nb::enum_<PageElement>(module, "PageElement")
+      .value("float32", PageElement::float32)
+      .value("bfloat16", PageElement::bfloat16)
+      .value("int8", PageElement::int8);
   nb::class_<Matrix>(module, "Matrix")
       .def(nb::init<>())
       .def("__init__", [](Matrix* self, Format format, Address data, std::size_t num_rows, std::size_t num_columns) {
@@ -225,7 +244,9 @@ NB_MODULE(_kernels, module) {
       .def_prop_ro("name", [](const Kernels& form) { return std::string(form.form); })
       .def("rms_norm", &call_rms_norm)
       .def("linear", &call_linear)
-      .def("largest", &call_largest);
+      .def("largest", &call_largest)
+      .def("multiply_in_registers", &call_multiply_in_registers)
+      .def("read_memory", &call_read_memory);
   module.def("forms", &forms, nb::rv_policy::reference);
   module.def("packed_bytes", &packed_bytes);
   module.def("pack", &pack);

@@ -113,7 +113,8 @@ void largest(const float* rows, std::size_t num_rows, std::size_t width, std::in
 
 const Kernels& kernels() {
   static const Kernels mine{FREEHOLD_QUOTED(FREEHOLD_FORM), rms_norm, embed, linear, largest,
-                            mlp, attention_mixer, mamba2_mixer, moe};
+                            mlp, attention_mixer, mamba2_mixer, moe,
+                            multiply_in_registers, read_memory};
   return mine;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "mixers.h"
+#include "peaks.h"
 
 namespace freehold {
 
@@ -16,6 +17,8 @@ struct Kernels {
   void (*attention)(AttentionMixer, int num_threads);
   void (*mamba2)(Mamba2Mixer, int num_threads);
   void (*moe)(const Moe&, int num_threads);
+  double (*multiply_in_registers)(Arithmetic, std::size_t num_rounds, int num_threads);
+  void (*read_memory)(const std::uint8_t* data, std::size_t num_bytes, int num_threads);
 };
 
 }  // namespace freehold

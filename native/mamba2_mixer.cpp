@@ -28,10 +28,7 @@ void mamba2_mixer(Mamba2Mixer call, int num_threads) {
     team.barrier();
     gate_and_normalize(team, call.mamba2);
     team.barrier();
-    if (mixed.groups) {
-      for_each(team, num_tokens, 1, [&](std::size_t token) { mixed.quantize(token); });
-      team.barrier();
-    }
+    quantize_all(team, mixed);
     add_product(team, residual, mixed, call.output);
   });
 }

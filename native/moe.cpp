@@ -245,7 +245,6 @@ void moe(const Moe& call, int num_threads) {
   Scratch& memory = scratch();
   memory.reset();
   const Work work = take_work(memory, call);
-  const std::size_t num_tokens = call.residual.num_tokens;
   run_team(num_threads, [&](Team& team, int member) {
     prepare(team, call.residual, work.normed);
     team.barrier();
@@ -257,10 +256,7 @@ void moe(const Moe& call, int num_threads) {
     }
     route_tokens(team, call, work);
     team.barrier();
-    if (call.latent_in) {
-      for_each(team, num_tokens, 1, [&](std::size_t token) { work.latent.quantize(token); });
-      team.barrier();
-    }
+    if (call.latent_in) quantize_all(team, work.latent);
     if (member == 0) gather_rows(call, work);
     team.barrier();
     activate(team, call, work);

@@ -72,6 +72,13 @@ inline void prepare(Team& team, const Residual& residual, const Rows& rows) {
   });
 }
 
+// Phase and its barrier, where a packed matrix will meet the rows: their groups from their floats.
+inline void quantize_all(Team& team, const Rows& rows) {
+  if (!rows.groups) return;
+  for_each(team, rows.num_rows, grain_of(team, rows.num_rows), [&](std::size_t m) { rows.quantize(m); });
+  team.barrier();
+}
+
 constexpr std::size_t CHUNK_ROWS = 256;  // of products that a member holds before they are used: 16 KB a panel
 
 // Sixteen outputs of up to CHUNK_ROWS rows, from row `first_row` of all on.

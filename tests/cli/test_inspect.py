@@ -10,7 +10,6 @@ from checkpoint.builders import entry, raw_safetensors
 from cli.commands import call
 from cli.folders import change_config, write_folder
 from freehold.checkpoint.rules import stored_tensors
-from freehold.engine.machine import main_memory
 from freehold.models.decoder import build_decoder
 from freehold.models.families import family_of_config
 from inputs import smollm2_gguf
@@ -76,19 +75,3 @@ def test_a_file_larger_than_any_memory_takes_no_longer(tmp_path):
     seen = look(tmp_path)
     assert time.perf_counter() - start < 5
     assert seen["stored_bytes_by_format"] == {"BF16": 2 * 70_553_706_496}
-
-
-def test_memory_is_the_machines_or_the_containers(tmp_path):
-    proc, cgroup = tmp_path / "proc", tmp_path / "cgroup"
-    proc.mkdir()
-    cgroup.mkdir()
-    (proc / "meminfo").write_text("MemTotal:        8000 kB\nMemFree: 1000 kB\nMemAvailable:    6000 kB\n")
-    machine = main_memory(proc, cgroup)
-    assert (machine.total_bytes, machine.available_bytes) == (8_192_000, 6_144_000)
-    (cgroup / "memory.max").write_text("max\n")
-    assert main_memory(proc, cgroup) == machine
-    (cgroup / "memory.max").write_text("4096000\n")
-    (cgroup / "memory.stat").write_text("anon 96000\nfile 3000000\n")
-    container = main_memory(proc, cgroup)
-    assert (container.total_bytes, container.available_bytes) == (4_096_000, 4_000_000)
-    assert main_memory(tmp_path / "none", tmp_path / "none").total_bytes > 1 << 28

@@ -1,4 +1,4 @@
-"""A machine whose limits are measured at once: little memory to read, and small matrices."""
+"""A machine whose limits are measured at once: little memory to read, and short loops."""
 
 import pytest
 
@@ -10,4 +10,4 @@ def measure_limits_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "READ_BYTES", 1 << 20)
     monkeypatch.setattr(limits, "_data_to_read", limits._data_to_read.__wrapped__)
     monkeypatch.setattr(limits, "MATRIX_WIDTH", 64)
-    monkeypatch.setattr(limits, "PROBE_WIDTH", 32)
+    monkeypatch.setattr(limits, "LEAST_S", 1e-4)

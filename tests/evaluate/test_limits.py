@@ -1,10 +1,12 @@
-"""What this machine can do: rates that are numbers, and the type of product that it is judged by."""
+"""What this machine can do: rates that are numbers, of memory and of each kind of product."""
+
+from types import SimpleNamespace
 
 import pytest
-import torch
 
 from evaluate.quick import measure_limits_quickly
 from freehold.evaluate import limits
+from models.forms import FORMS, running
 
 
 @pytest.fixture(autouse=True)
@@ -12,30 +14,19 @@ def _quick(monkeypatch):
     measure_limits_quickly(monkeypatch)
 
 
-def test_rates_are_measured_on_the_threads_that_were_asked_for(monkeypatch):
-    seen = []
-
-    def one_second(work):
-        work()
-        seen.append(torch.get_num_threads())
-        return 1.0
-
-    monkeypatch.setattr(limits, "_seconds", one_second)
-    before = torch.get_num_threads()
-    assert limits.read_bandwidth(1) == 1 << 20
-    assert limits.matrix_rate(torch.float32, 1) == 2 * 64**3
-    assert seen == [1, 1]
-    assert torch.get_num_threads() == before
+@pytest.mark.parametrize("form", [*FORMS, "off"])
+def test_memory_and_products_have_rates(form):
+    with running(form):
+        assert limits.read_bandwidth(2) > 0
+        assert all(limits.product_rate(arithmetic, 2) > 0 for arithmetic in limits.ARITHMETICS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
-def test_each_type_has_a_rate(dtype):
-    assert limits.matrix_rate(dtype, 1) > 0
-
-
-def test_a_product_that_torch_lacks_here_is_out(monkeypatch):
-    def refuse(left, right):
-        raise RuntimeError("no such product on this processor")
-
-    monkeypatch.setattr(torch, "_int_mm", refuse)
-    assert limits.fastest_type((torch.int8, torch.float32), 1) is torch.float32
+@pytest.mark.parametrize("form", FORMS)
+def test_products_are_multiplied_until_they_have_taken_long_enough(form, monkeypatch):
+    """Each look at the clock is a second later, and a run has to take two: none does, until a third is asked for."""
+    monkeypatch.setattr(limits, "LEAST_S", 2.0)
+    seconds = iter([0.0, 1.0, 1.0, 2.0, 2.0, 6.0])
+    monkeypatch.setattr(limits, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    with running(form):
+        rate = limits.product_rate("float32", 1)
+    assert rate * 4.0 % (2 * 16 * 16 * limits.FIRST_ROUNDS) == 0  # 16 lanes, 4 * 4 times as many rounds as at first

@@ -94,7 +94,7 @@ def test_speeds_are_medians_and_shares_of_what_the_machine_did(decoder, monkeypa
     """Three rounds of two cases, on a machine and a model that take scripted times."""
     seconds = iter([2.0, 1.0, 9.0, 0.5, 1.0, 0.25])
     monkeypatch.setattr(Sequences, "time_steps", lambda self, case: next(seconds))
-    rates = {"read_bandwidth": [5e3, 1e3, 4e3], "matrix_rate": [1e6, 3e6, 9e6]}
+    rates = {"read_bandwidth": [5e3, 1e3, 4e3], "product_rate": [1e6, 3e6, 9e6]}
     for name, values in rates.items():
         monkeypatch.setattr(speed, name, Mock(side_effect=values))
     turns = []
@@ -119,7 +119,7 @@ def test_a_hybrid_is_measured_with_its_experts(monkeypatch):
     monkeypatch.setattr(speed, "ROUND_S", 0.0)
     cases = [Case(depth=0, prompt=4), Case(depth=0, batch=1), Case(depth=40, batch=4)]
     limits, speeds = measure_speed(tiny_decoder(LATENT), cases, num_rounds=1)
-    assert limits.operations_of == "float32"
+    assert limits.arithmetic == "float32"
     assert [found.case for found in speeds] == cases
     assert all(found.tokens_per_s > 0 and found.bandwidth_share(limits) > 0 for found in speeds)
     assert [speeds[1].num_experts] == [3]

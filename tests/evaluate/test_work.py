@@ -14,7 +14,7 @@ PAGE = 256
 def state_bytes(decoder):
     """Return the bytes that one sequence's states take: one page and one slot."""
     states = decoder.allocate_states(Capacity(num_slots=1, num_pages=1, page_size=PAGE))
-    return sum(part.nbytes for state in states if state for part in vars(state).values())
+    return sum(part.nbytes for state in states if state for part in vars(state).values() if part is not None)
 
 
 def run_counted(decoder, *, length, batch=1, context=0):

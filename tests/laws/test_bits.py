@@ -54,6 +54,14 @@ def test_a_sequence_has_the_same_bits_on_any_schedule(name, schedule):
         assert same(found, result_alone(name, tokens))
 
 
+@pytest.mark.parametrize("name", ["llama-float32", "qwen-bfloat16", "nemotron-float32", "llama-Q8_0"])
+@given(schedule=schedules())
+def test_so_it_has_with_keys_and_values_in_eight_bits(name, schedule):
+    decoder = decoder_of(name)
+    for tokens, found in zip(schedule.sequences, run(decoder, schedule, torch.int8), strict=True):
+        assert same(found, run(decoder, alone(tokens), torch.int8)[0])
+
+
 @EACH
 @given(schedule=schedules())
 def test_packed_sequences_without_state_have_the_bits_of_each_with_state(name, schedule):

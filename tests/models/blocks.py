@@ -9,7 +9,7 @@ from freehold.models.block import Block
 from freehold.models.decoder import Decoder, build_decoder
 from freehold.models.layout import Capacity, Layout, PagedKV, Recurrent, State, allocate_state
 from freehold.models.spec import AttentionSpec, BlockSpec, DecoderSpec, Mamba2Spec, MlpSpec, MoeSpec, RopeSpec
-from freehold.ops.attention import PAGE_TOKENS, read_keys, read_values
+from freehold.ops.attention import PAGE_TOKENS
 from models.packing import pack_decoder
 from models.tiny import randomize
 
@@ -125,7 +125,14 @@ class Outcome:
         return (self.outputs_TD, *self.states)
 
 
-def run_block(block: Block, width: int, *, dtype: torch.dtype, by_reference: bool = False) -> Outcome:
+def run_block(
+    block: Block,
+    width: int,
+    *,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype | None = None,
+    by_reference: bool = False,
+) -> Outcome:
     """Return what a block makes of STEPS, its pages scattered and full of NaN where nothing was written."""
     num_sequences = len(STEPS[0])
     num_pages = [-(-sum(lengths) // PAGE_TOKENS) for lengths in zip(*STEPS, strict=True)]
@@ -133,10 +140,10 @@ def run_block(block: Block, width: int, *, dtype: torch.dtype, by_reference: boo
     pages = [[free.pop() for _ in range(count)] for count in num_pages]
     slots = [2, 0, 1]
     capacity = Capacity(num_slots=num_sequences, num_pages=sum(num_pages), page_size=PAGE_TOKENS)
-    state = allocate_state(block.spec, capacity, dtype=dtype, device="cpu")
+    state = allocate_state(block.spec, capacity, dtype=dtype, device="cpu", kv_dtype=kv_dtype)
     if isinstance(state, PagedKV):
-        state.key_pages.fill_(torch.nan)
-        state.value_pages.fill_(torch.nan)
+        for pool in state.pools:
+            pool.fill_(torch.nan if pool.is_floating_point() else 99)
     contexts, outputs = [0] * num_sequences, []
     for step, lengths in enumerate(STEPS):
         layout = Layout.step(lengths, contexts, slots=slots, pages=pages, page_size=PAGE_TOKENS)
@@ -150,9 +157,7 @@ def _kept(state: State, pages: list[list[int]], ends: list[int]) -> tuple[Tensor
     match state:
         case PagedKV():
             rows = list(zip(pages, ends, strict=True))
-            keys = [read_keys(state.key_pages, row)[:end] for row, end in rows]
-            values = [read_values(state.value_pages, row)[:end] for row, end in rows]
-            return (*keys, *values)
+            return tuple(part[:end] for row, end in rows for part in state.read(row))
         case Recurrent():
             return state.conv_tail, state.ssm
         case None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from freehold.models.decoder import Decoder
 from freehold.models.layout import Capacity, Layout, PagedKV, Recurrent, State, States
-from freehold.ops.attention import PAGE_TOKENS, read_keys, read_values
+from freehold.ops.attention import PAGE_TOKENS
 from models.forms import FORMS, THREADS, on_threads, running, same_bits
 from models.tiny import random_tokens
 
@@ -80,14 +80,14 @@ def _part(left: int, random: Random) -> int:
 
 
 @torch.inference_mode()
-def run(decoder: Decoder, schedule: Schedule) -> list[Result]:
+def run(decoder: Decoder, schedule: Schedule, kv_dtype: torch.dtype | None = None) -> list[Result]:
     """Return what a model makes of each sequence of a schedule, its pages full of NaN where nothing was written."""
     num_pages = sum(map(len, schedule.pages))
     states = decoder.allocate_states(
-        Capacity(num_slots=len(schedule.slots), num_pages=num_pages, page_size=schedule.page_size)
+        Capacity(num_slots=len(schedule.slots), num_pages=num_pages, page_size=schedule.page_size), kv_dtype=kv_dtype
     )
-    for pool in (pool for state in states if isinstance(state, PagedKV) for pool in vars(state).values()):
-        pool.fill_(torch.nan)
+    for pool in (pool for state in states if isinstance(state, PagedKV) for pool in state.pools):
+        pool.fill_(torch.nan if pool.is_floating_point() else 99)
     contexts = [0] * len(schedule.sequences)
     hidden: list[list[Tensor]] = [[] for _ in contexts]
     with running(schedule.form), on_threads(1):
@@ -129,7 +129,7 @@ def _kept(states: Sequence[State], pages: Sequence[int], length: int, slot: int)
     for state in states:
         match state:
             case PagedKV():
-                kept += [read_keys(state.key_pages, pages)[:length], read_values(state.value_pages, pages)[:length]]
+                kept += [part[:length] for part in state.read(pages)]
             case Recurrent():
                 kept += [state.conv_tail[slot], state.ssm[slot]]
     return tuple(kept)

@@ -10,7 +10,7 @@ from freehold.ops.attention import (
     PAGE_TOKENS,
     attend,
     attention,
-    attention_paged,
+    attention_over,
     read_keys,
     read_values,
     write_keys,
@@ -116,9 +116,8 @@ def test_pages_in_any_order_give_what_lies_in_them(page_size):
         write_values(value_pages, v_MJK, rows)
         queries.append(q_LHK)
         expected.append(naive(q_LHK, k_MJK, v_MJK))
-    out_THK = attention_paged(
-        torch.cat(queries), key_pages, value_pages, spans=[(0, 2), (2, 3), (3, 4)], ends=ends, pages=pages
-    )
+    owned = [(read_keys(key_pages, row), read_values(value_pages, row)) for row in pages]
+    out_THK = attention_over(torch.cat(queries), owned, spans=[(0, 2), (2, 3), (3, 4)], ends=ends)
     torch.testing.assert_close(out_THK, torch.cat(expected), **TOLERANCE)
 
 

@@ -143,6 +143,13 @@ def test_what_asks_for_gradients_gets_those_of_the_reference(asks):
     torch.testing.assert_close(torch.autograd.grad(found, wanted), torch.autograd.grad(expected, wanted))
 
 
+@pytest.mark.parametrize("format", ["Q8_0", "F32"])
+def test_rows_that_lie_apart_have_the_bits_of_rows_side_by_side(format):
+    weight, rows_TD = random_weight(format, (21, 64)), torch.randn(5, 128)[:, ::2]
+    assert not rows_TD.is_contiguous()
+    assert same_bits(linear(rows_TD, weight), linear(rows_TD.contiguous(), weight))
+
+
 def test_rows_of_another_width_are_our_mistake():
     with pytest.raises(AssertionError, match=r"a weight of \(21, 64\) for rows of 32"):
         linear(torch.randn(2, 32), random_packed("Q8_0", (21, 64)))

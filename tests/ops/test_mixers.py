@@ -34,8 +34,13 @@ PACKED_TOLERANCE = 1e-5
 # The reference with the weights' values in float32: what eight bits for the rows cost; 1.6e-2 at most.
 EIGHT_BITS_TOLERANCE = 3e-2
 
+# Keys and values in eight bits: where one lies between two of the 255 steps, the other twin may take the other.
+EIGHT_BIT_PAGES_TOLERANCE = 1.2e-2
+
 DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.bfloat16, id="bfloat16")]
 EACH = pytest.mark.parametrize(("spec", "width"), SPECS.values(), ids=SPECS)
+ATTENTIONS = {name: case for name, case in SPECS.items() if isinstance(case[0], AttentionSpec)}
+EACH_ATTENTION = pytest.mark.parametrize(("spec", "width"), ATTENTIONS.values(), ids=ATTENTIONS)
 PACKED = {
     f"{name}-{format}": (spec, width, format)
     for specs, formats in ((PACKED_SPECS, ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")), (SUPER_SPECS, ("Q4_K", "Q6_K")))
@@ -49,12 +54,12 @@ def worst(found: Outcome, expected: Outcome) -> float:
     return max(relative_difference(a, b) for a, b in zip(found.tensors, expected.tensors, strict=True))
 
 
-def assert_same_bits_everywhere(block, width, dtype) -> None:
-    expected = run_block(block, width, dtype=dtype)
+def assert_same_bits_everywhere(block, width, dtype, kv_dtype=None) -> None:
+    expected = run_block(block, width, dtype=dtype, kv_dtype=kv_dtype)
     for form in FORMS:
         for num_threads in THREADS:
             with running(form), on_threads(num_threads):
-                found = run_block(block, width, dtype=dtype)
+                found = run_block(block, width, dtype=dtype, kv_dtype=kv_dtype)
             pairs = zip(found.tensors, expected.tensors, strict=True)
             assert all(same_bits(a, b) for a, b in pairs), f"{form}, {num_threads} threads"
 
@@ -76,6 +81,26 @@ def test_a_block_equals_its_reference(spec, width, dtype):
 @EACH
 def test_a_block_has_the_same_bits_on_any_form_and_threads(spec, width, dtype):
     assert_same_bits_everywhere(random_block(spec, width, dtype=dtype), width, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@EACH_ATTENTION
+def test_attention_over_eight_bits_equals_its_reference(spec, width, dtype):
+    block = random_block(spec, width, dtype=dtype)
+    exact = run_block(block, width, dtype=dtype)
+    with running("off"):
+        expected = run_block(block, width, dtype=dtype, kv_dtype=torch.int8, by_reference=True)
+    for form in FORMS:
+        with running(form):
+            found = run_block(block, width, dtype=dtype, kv_dtype=torch.int8)
+        assert worst(found, expected) <= EIGHT_BIT_PAGES_TOLERANCE, form
+        assert 1e-4 < worst(found, exact) <= EIGHT_BITS_TOLERANCE, form
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@EACH_ATTENTION
+def test_attention_over_eight_bits_has_the_same_bits_on_any_form_and_threads(spec, width, dtype):
+    assert_same_bits_everywhere(random_block(spec, width, dtype=dtype), width, dtype, torch.int8)
 
 
 @EACH_PACKED

@@ -48,6 +48,13 @@ Depths = Annotated[
 ]
 
 
+ARITHMETIC_TEXTS = {
+    "float32": "float32",
+    "up_to_six_bits": "weights of up to 6 bits by 8",
+    "eight_bits": "weights of 8 bits by 8",
+}
+
+
 def bench(
     model: options.ModelName,
     prompt: Prompts = None,
@@ -103,7 +110,7 @@ def _heading(name: str, loaded: "Model", limits: "Limits") -> list[str]:
     from freehold.ops.native import native_report
 
     held = ", ".join(f"{form} {bytes_text(num_bytes)}" for form, num_bytes in held_formats(loaded.decoder).items())
-    peak = f"{_giga(limits.operations_per_s)} GOP/s ({limits.operations_of} products of torch)"
+    peak = f"{_giga(limits.operations_per_s)} GOP/s ({ARITHMETIC_TEXTS[limits.arithmetic]})"
     return [
         f"{name}: {loaded.described.family.name}, {held}",
         f"{_threads_text(torch.get_num_threads())}, kernels: {native_report()}; "

@@ -17,8 +17,8 @@ def load_model(name: str, *, device: str, dtype: Dtype | None, threads: int | No
     with waiting("Starting"):
         import torch
 
+        from freehold.engine.machine import usable_threads
         from freehold.engine.model import load
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or min(torch.get_num_threads(), usable_threads()))
     with bytes_bar(f"Loading {path.name}") as progress:
         return load(path, device=device, dtype=DTYPE_NAMES[dtype] if dtype else None, progress=progress)

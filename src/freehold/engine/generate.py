@@ -8,7 +8,7 @@ from torch import Tensor
 from freehold.engine.request import SamplingParams
 from freehold.errors import BadInput, BadRequest
 from freehold.models.decoder import Decoder
-from freehold.models.layout import Capacity, Layout, PagedKV, State, States
+from freehold.models.layout import Capacity, Layout, PagedKV, States
 from freehold.ops.sampling import likeliest, penalize, sample, uniform_draw
 
 PREFILL_TOKENS = 512  # at once: bounds the memory of a step, and how long Ctrl-C waits
@@ -39,7 +39,9 @@ class Continuation:
         """Return logits [V]."""
         while self._num_tokens + len(tokens) > self._num_pages * PAGE_SIZE:
             self._num_pages *= 2
-            self._states = States(_with_pages(state, self._num_pages) for state in self._states)
+            self._states = States(
+                state.grown(self._num_pages) if isinstance(state, PagedKV) else state for state in self._states
+            )
         device = self._decoder.device
         layout = Layout.step(
             [len(tokens)],
@@ -52,19 +54,6 @@ class Continuation:
         logits_BV = self._decoder.predict(torch.tensor(tokens, device=device), layout, self._states)
         self._num_tokens += len(tokens)
         return logits_BV[0]
-
-
-def _with_pages(state: State, num_pages: int) -> State:
-    """Return the state with its pool grown to `num_pages`."""
-    if not isinstance(state, PagedKV):
-        return state
-
-    def grown(pool: Tensor) -> Tensor:
-        larger = pool.new_empty(num_pages, *pool.shape[1:])
-        larger[: len(pool)] = pool
-        return larger
-
-    return PagedKV(key_pages=grown(state.key_pages), value_pages=grown(state.value_pages))
 
 
 def generate(

@@ -1,4 +1,4 @@
-"""What memory this machine has, and what of it is free to use."""
+"""What memory this machine has and what of it is free to use, and how many threads it runs at once."""
 
 import os
 import re
@@ -39,6 +39,18 @@ def main_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup"
         taken = _fields(cgroup / "memory.stat").get("anon", 0)
         total, available = min(total, int(text)), min(available, max(0, int(text) - taken))
     return Memory(total_bytes=total, available_bytes=available)
+
+
+def usable_threads(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return how many threads run at once: the processors that this process may use, or what its container's share of
+    their time is worth where that is less."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = cgroup / "cpu.max"
+    if limit.is_file():
+        quota, _, period = limit.read_text().strip().partition(" ")
+        if quota.isdecimal():
+            count = min(count, max(1, round(int(quota) / int(period))))
+    return count
 
 
 def _fields(path: Path) -> dict[str, int]:

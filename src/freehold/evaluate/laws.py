@@ -18,7 +18,7 @@ from freehold.models.decoder import Decoder
 from freehold.models.layout import Capacity, Layout, PagedKV, Recurrent
 from freehold.models.names import TensorNames
 from freehold.models.spec import MoeSpec
-from freehold.ops.attention import PAGE_TOKENS, read_keys, read_values
+from freehold.ops.attention import PAGE_TOKENS
 from freehold.ops.native import native_report
 
 # Relative distances between two ways to compute the same numbers, on the torch references; the native kernels give the
@@ -254,10 +254,7 @@ def _state_parts(state: PagedKV | Recurrent | None, pages: Sequence[int], length
     """Return what one block keeps of the last sequence."""
     match state:
         case PagedKV():
-            return [
-                read(pool, pages)[:length]
-                for read, pool in ((read_keys, state.key_pages), (read_values, state.value_pages))
-            ]
+            return [part[:length] for part in state.read(pages)]
         case Recurrent():
             return [state.conv_tail[-1], state.ssm[-1]]
         case None:

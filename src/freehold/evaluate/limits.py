@@ -1,85 +1,62 @@
 """What this machine can do at most: how fast it reads memory, and how fast it multiplies.
 
-Belongs here: measurements that owe nothing to Freehold's kernels, so that these can be held against them. Not here:
-what a model asks of the machine (work.py).
+Belongs here: measurements that owe nothing to how Freehold's kernels are written, so that these can be held against
+them. Not here: what a model asks of the machine (work.py).
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from freehold.ops.native import extension, kernels
+from freehold.ops.weight import large_bytes
+
+# What weights are multiplied as: floats, or integers of so many bits by int8.
+Arithmetic = Literal["float32", "up_to_six_bits", "eight_bits"]
+ARITHMETICS: tuple[Arithmetic, ...] = ("float32", "up_to_six_bits", "eight_bits")
+
 READ_BYTES = 512 << 20  # far beyond any cache
-MATRIX_WIDTH = 2048
-PROBE_WIDTH = (
-    256  # tells which type is fast here; where one has no instructions of its own, the full width takes minutes
-)
-PROBES = 3
+MATRIX_WIDTH = 1024
+FIRST_ROUNDS, LEAST_S = 1 << 12, 0.02  # of a loop in registers: more until it has taken so long
 
 
 def read_bandwidth(num_threads: int) -> float:
-    """Return bytes per second at which memory is read: a float32 sum of torch over 512 MiB, once."""
-    data = _data_to_read()
-    with _threads(num_threads):
-        return data.nbytes / _seconds(data.sum)
+    """Return bytes per second at which 512 MiB of memory are read, once."""
+    data, form = _data_to_read(), kernels()
+    if form is None:
+        return data.nbytes / _seconds(data.view(torch.float32).sum)
+    return data.nbytes / _seconds(lambda: form.read_memory(num_threads, data.data_ptr(), data.nbytes))
 
 
-def matrix_rate(dtype: torch.dtype, num_threads: int) -> float:
-    """Return operations per second of a square matrix product of torch, once: two for each pair that is multiplied.
+def product_rate(arithmetic: Arithmetic, num_threads: int) -> float:
+    """Return operations per second, two for each product, of multiplying and adding in registers.
 
-    int8 is summed in int32.
+    The instructions are those of the kernels' form; without kernels it is a square matrix product of torch in float32.
     """
-    return _rate(dtype, num_threads, MATRIX_WIDTH)
-
-
-def fastest_type(candidates: Sequence[torch.dtype], num_threads: int) -> torch.dtype:
-    """Return the type whose products are fastest on this machine, judged by small ones; one that fails is out."""
-
-    def rate(dtype: torch.dtype) -> float:
-        try:
-            return max(_rate(dtype, num_threads, PROBE_WIDTH) for _ in range(PROBES))
-        except RuntimeError:  # of torch, where it has no such product for this processor
-            return 0.0
-
-    return max(candidates, key=rate)
-
-
-def _rate(dtype: torch.dtype, num_threads: int, width: int) -> float:
-    left, right = _factors(dtype, width)
-    with _threads(num_threads):
-        seconds = _seconds((lambda: torch._int_mm(left, right)) if dtype is torch.int8 else (lambda: left @ right))
-    return 2 * width**3 / seconds
+    form, num_rounds = kernels(), FIRST_ROUNDS
+    if form is None:
+        factor = torch.ones(MATRIX_WIDTH, MATRIX_WIDTH)
+        return 2 * MATRIX_WIDTH**3 / _seconds(lambda: factor @ factor)
+    kind = getattr(extension().Arithmetic, arithmetic)
+    while True:
+        start = time.perf_counter()
+        num_operations: float = form.multiply_in_registers(num_threads, kind, num_rounds)
+        seconds = time.perf_counter() - start
+        if seconds >= LEAST_S:
+            return num_operations / seconds
+        num_rounds *= 4
 
 
 @cache
 def _data_to_read() -> Tensor:
-    return torch.ones(READ_BYTES // 4)
-
-
-@cache
-def _factors(dtype: torch.dtype, width: int) -> tuple[Tensor, Tensor]:
-    if dtype is torch.int8:
-        left, right = (torch.randint(-127, 128, (width, width), dtype=dtype) for _ in range(2))
-    else:
-        left, right = (torch.randn(width, width).to(dtype) for _ in range(2))
-    return left, right
+    return (large_bytes(READ_BYTES) if extension() else torch.empty(READ_BYTES, dtype=torch.uint8)).fill_(1)
 
 
 def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-@contextmanager
-def _threads(num_threads: int) -> Iterator[None]:
-    """Have torch run on so many threads while a `with` statement lasts."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from freehold.engine.generate import PAGE_SIZE, PREFILL_TOKENS
 from freehold.errors import BadRequest
-from freehold.evaluate.limits import READ_BYTES, fastest_type, matrix_rate, read_bandwidth
+from freehold.evaluate.limits import READ_BYTES, Arithmetic, product_rate, read_bandwidth
 from freehold.evaluate.work import CountingDecoder, Work
 from freehold.models.decoder import Decoder
 from freehold.models.layout import (
@@ -26,6 +26,7 @@ from freehold.models.layout import (
     kv_bytes_per_token,
     recurrent_bytes_per_sequence,
 )
+from freehold.ops.native import kernels
 from freehold.ops.sampling import likeliest
 
 DEFAULT_PROMPTS = (128, 512)
@@ -76,13 +77,12 @@ class Case:
 class Limits:
     """What the machine can do at most, measured in the same rounds as the cases.
 
-    operations_of: the type of torch's matrix product that `operations_per_s` is the rate of: the faster one here of the
-        model's own type (int8 where weights are packed) and float32.
+    arithmetic: what `operations_per_s` is the rate of, and what most of the model's weights are multiplied as.
     """
 
     read_bytes_per_s: float
     operations_per_s: float
-    operations_of: str
+    arithmetic: Arithmetic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +168,7 @@ def measure_speed(
     cases: by depth. A round measures the limits and then each case of one depth, so that whatever else the machine does
     meets all alike.
     """
-    num_threads, product_type = torch.get_num_threads(), _product_type(decoder)
+    num_threads, arithmetic = torch.get_num_threads(), arithmetic_of(decoder)
     sequences = Sequences(decoder, num=max(case.batch for case in cases), room=max(case.room for case in cases))
     num_turns, total = 0, len(cases) * (1 + num_rounds)
     bandwidths, rates, speeds = [], [], []
@@ -183,7 +183,7 @@ def measure_speed(
         seconds: dict[Case, list[float]] = {case: [] for case in works}
         for _ in range(num_rounds):
             bandwidths.append(read_bandwidth(num_threads))
-            rates.append(matrix_rate(product_type, num_threads))
+            rates.append(product_rate(arithmetic, num_threads))
             for case, measured in seconds.items():
                 progress(num_turns, total, case.name)
                 measured.append(sequences.time_steps(case))
@@ -192,14 +192,19 @@ def measure_speed(
     limits = Limits(
         read_bytes_per_s=median(bandwidths),
         operations_per_s=median(rates),
-        operations_of=str(product_type).removeprefix("torch."),
+        arithmetic=arithmetic,
     )
     return limits, speeds
 
 
-def _product_type(decoder: Decoder) -> torch.dtype:
-    own = torch.int8 if decoder.packed_weights() else decoder.dtype
-    return fastest_type((own, torch.float32), torch.get_num_threads())
+def arithmetic_of(decoder: Decoder) -> Arithmetic:
+    """Return what most of a decoder's weights are multiplied as."""
+    num_bytes: dict[str, int] = {}
+    for packed in decoder.packed_weights().values():
+        num_bytes[packed.format] = num_bytes.get(packed.format, 0) + packed.nbytes
+    if not num_bytes or kernels() is None:
+        return "float32"
+    return "eight_bits" if max(num_bytes, key=num_bytes.__getitem__) == "Q8_0" else "up_to_six_bits"
 
 
 def _speed(case: Case, work: Work, seconds: float) -> Speed:
@@ -291,7 +296,7 @@ class Sequences:
 
     def _pools(self) -> list[Tensor]:
         states = [state for state in self._states if isinstance(state, PagedKV)]
-        return [pool for state in states for pool in (state.key_pages, state.value_pages)]
+        return [pool for state in states for pool in state.pools]
 
     def _keep_recurrent(self) -> None:
         """Remember the first sequence's recurrent states as those of its depth."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from freehold.models.layout import Layout, PagedKV
 from freehold.models.linear import Linear
 from freehold.models.spec import AttentionSpec, Llama3Scaling, RopeSpec, YarnScaling
-from freehold.ops.attention import attention, attention_paged, write_keys, write_values
+from freehold.ops.attention import attention, attention_over
 from freehold.ops.mixers import Norm, Program, can_attend, can_run
 from freehold.ops.rope import llama3_frequencies, rope_frequencies, rotate, yarn_frequencies
 from freehold.ops.weight import Weight
@@ -39,11 +39,9 @@ class Attention(nn.Module):
         if state is None:
             mixed_THK = attention(q_THK, k_TJK, v_TJK, spans=layout.spans)
         else:
-            write_keys(state.key_pages, k_TJK, layout.rows_T)
-            write_values(state.value_pages, v_TJK, layout.rows_T)
-            mixed_THK = attention_paged(
-                q_THK, state.key_pages, state.value_pages, spans=layout.spans, ends=layout.ends, pages=layout.pages
-            )
+            state.write(k_TJK, v_TJK, layout.rows_T)
+            owned = [state.read(row) for row in layout.pages]
+            mixed_THK = attention_over(q_THK, owned, spans=layout.spans, ends=layout.ends)
         return self.o_proj(mixed_THK.reshape(len(hidden_TD), -1))
 
     def is_native(self) -> bool:
@@ -57,7 +55,7 @@ class Attention(nn.Module):
         spec, rotation = self.spec, None
         if spec.rope is not None:
             num_positions = _table_size(state.num_tokens)
-            rotation = _native_table(spec.rope, spec.head_dim, num_positions, state.key_pages.dtype)
+            rotation = _native_table(spec.rope, spec.head_dim, num_positions, norm.weight_D.dtype)
         program.add_attention(
             norm,
             qkv=self._qkv(),
@@ -69,6 +67,8 @@ class Attention(nn.Module):
             rotation=rotation,
             key_pages=state.key_pages,
             value_pages=state.value_pages,
+            key_scales=state.key_scales,
+            value_scales=state.value_scales,
         )
 
     def _qkv(self) -> tuple[Weight, Weight, Weight]:

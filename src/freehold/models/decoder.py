@@ -89,9 +89,9 @@ class Decoder(nn.Module):
         """Return float32 logits [T, V] of hidden states after the final norm."""
         return self.lm_head(hidden_TD).float()
 
-    def allocate_states(self, capacity: Capacity) -> States:
-        """Return fresh states for this model, in its dtype and on its device."""
-        return allocate_states(self.spec.blocks, capacity, dtype=self.dtype, device=self.device)
+    def allocate_states(self, capacity: Capacity, *, kv_dtype: torch.dtype | None = None) -> States:
+        """Return fresh states for this model, on its device and in its dtype; keys and values in another where said."""
+        return allocate_states(self.spec.blocks, capacity, dtype=self.dtype, device=self.device, kv_dtype=kv_dtype)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from freehold.models.spec import AttentionSpec, BlockSpec, Mamba2Spec
-from freehold.ops.attention import KEY_LANES, PAGE_TOKENS
+from freehold.ops.attention import (
+    KEY_LANES,
+    PAGE_TOKENS,
+    read_keys,
+    read_scales,
+    read_values,
+    round_heads,
+    write_keys,
+    write_scales,
+    write_values,
+)
 from freehold.ops.mixers import Program
 from freehold.ops.native import Batch
 
@@ -150,11 +160,52 @@ class PagedKV:
     """Keys and values of one attention block, in pages that sequences own through `Layout.pages`.
 
     Shapes: key_pages [pages, J, page_size / 16, K, 16], sixteen keys side by side;
-        value_pages [pages, J, page_size, K].
+        value_pages [pages, J, page_size, K]; of int8 pages also float32 scales [pages, J, page_size].
     """
 
     key_pages: Tensor
     value_pages: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+    @property
+    def pools(self) -> tuple[Tensor, ...]:
+        """Everything that lies in pages, by page."""
+        pools = (self.key_pages, self.value_pages, self.key_scales, self.value_scales)
+        return tuple(pool for pool in pools if pool is not None)
+
+    def grown(self, num_pages: int) -> "PagedKV":
+        """Return a copy with room for more pages, those that there are first."""
+
+        def grow(pool: Tensor) -> Tensor:
+            larger = pool.new_empty(num_pages, *pool.shape[1:])
+            larger[: len(pool)] = pool
+            return larger
+
+        return PagedKV(
+            key_pages=grow(self.key_pages),
+            value_pages=grow(self.value_pages),
+            key_scales=None if self.key_scales is None else grow(self.key_scales),
+            value_scales=None if self.value_scales is None else grow(self.value_scales),
+        )
+
+    def write(self, k_TJK: Tensor, v_TJK: Tensor, rows_T: Tensor) -> None:
+        """Write each token's keys and values into its row, counted over pages and their tokens. Mutates: the pools."""
+        if self.key_scales is not None and self.value_scales is not None:
+            k_TJK, key_scale_TJ = round_heads(k_TJK)
+            v_TJK, value_scale_TJ = round_heads(v_TJK)
+            write_scales(self.key_scales, key_scale_TJ, rows_T)
+            write_scales(self.value_scales, value_scale_TJ, rows_T)
+        write_keys(self.key_pages, k_TJK, rows_T)
+        write_values(self.value_pages, v_TJK, rows_T)
+
+    def read(self, row: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return keys and values [M, J, K] of all tokens that some pages have room for; float32 where they are int8."""
+        k_MJK, v_MJK = read_keys(self.key_pages, row), read_values(self.value_pages, row)
+        if self.key_scales is not None and self.value_scales is not None:
+            k_MJK = k_MJK * read_scales(self.key_scales, row)[..., None]
+            v_MJK = v_MJK * read_scales(self.value_scales, row)[..., None]
+        return k_MJK, v_MJK
 
     @property
     def num_tokens(self) -> int:
@@ -200,20 +251,40 @@ class Capacity:
 
 
 def allocate_states(
-    blocks: Sequence[BlockSpec], capacity: Capacity, *, dtype: torch.dtype, device: torch.device | str
+    blocks: Sequence[BlockSpec],
+    capacity: Capacity,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    kv_dtype: torch.dtype | None = None,
 ) -> States:
-    """Return states, one entry per block (None where a block keeps none): recurrent ones zero, pages unwritten."""
-    return States(allocate_state(block, capacity, dtype=dtype, device=device) for block in blocks)
+    """Return states, one entry per block (None where a block keeps none): recurrent ones zero, pages unwritten.
+
+    kv_dtype: of keys and values, `dtype` or torch.int8; None for `dtype`.
+    """
+    return States(allocate_state(block, capacity, dtype=dtype, device=device, kv_dtype=kv_dtype) for block in blocks)
 
 
-def allocate_state(block: BlockSpec, capacity: Capacity, *, dtype: torch.dtype, device: torch.device | str) -> State:
+def allocate_state(
+    block: BlockSpec,
+    capacity: Capacity,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    kv_dtype: torch.dtype | None = None,
+) -> State:
     """Return the state of one block, None where it keeps none."""
     match block:
         case AttentionSpec():
             pool, blocks_per_page = (capacity.num_pages, block.num_kv_heads), capacity.page_size // KEY_LANES
-            keys = torch.empty(*pool, blocks_per_page, block.head_dim, KEY_LANES, dtype=dtype, device=device)
-            values = torch.empty(*pool, capacity.page_size, block.head_dim, dtype=dtype, device=device)
-            return PagedKV(key_pages=keys, value_pages=values)
+            kv_dtype = kv_dtype or dtype
+            keys = torch.empty(*pool, blocks_per_page, block.head_dim, KEY_LANES, dtype=kv_dtype, device=device)
+            values = torch.empty(*pool, capacity.page_size, block.head_dim, dtype=kv_dtype, device=device)
+            scales = [
+                torch.empty(*pool, capacity.page_size, device=device) if kv_dtype is torch.int8 else None
+                for _ in ("keys", "values")
+            ]
+            return PagedKV(key_pages=keys, value_pages=values, key_scales=scales[0], value_scales=scales[1])
         case Mamba2Spec():
             tail = (capacity.num_slots, block.conv_kernel - 1, block.conv_width)
             ssm = (capacity.num_slots, block.num_heads, block.state_size, block.head_dim)
@@ -226,8 +297,11 @@ def allocate_state(block: BlockSpec, capacity: Capacity, *, dtype: torch.dtype, 
 
 
 def kv_bytes_per_token(blocks: Sequence[BlockSpec], dtype: torch.dtype) -> int:
-    """Return the bytes of keys and values that one token adds over all attention blocks."""
-    return sum(2 * b.num_kv_heads * b.head_dim * dtype.itemsize for b in blocks if isinstance(b, AttentionSpec))
+    """Return the bytes of keys and values of a dtype that one token adds over all attention blocks."""
+    scale_bytes = torch.float32.itemsize if dtype is torch.int8 else 0
+    return sum(
+        2 * b.num_kv_heads * (b.head_dim * dtype.itemsize + scale_bytes) for b in blocks if isinstance(b, AttentionSpec)
+    )
 
 
 def recurrent_bytes_per_sequence(blocks: Sequence[BlockSpec], dtype: torch.dtype) -> int:

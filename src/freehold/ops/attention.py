@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 KEY_LANES = 16  # keys that lie side by side in a page
 PAGE_TOKENS = 32  # a page holds a multiple of so many tokens
+SMALLEST_MAGNITUDE = 4e-37  # below it 127 over a magnitude is no float32, and a head counts as zeros (native/rows.h)
 
 
 def attention(q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, *, spans: Sequence[tuple[int, int]]) -> Tensor:
@@ -24,22 +25,20 @@ def attention(q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, *, spans: Sequence[tu
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def attention_paged(
+def attention_over(
     q_THK: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
+    owned: Sequence[tuple[Tensor, Tensor]],
     *,
     spans: Sequence[tuple[int, int]],
     ends: Sequence[int],
-    pages: Sequence[Sequence[int]],
 ) -> Tensor:
-    """Return attention of each span over the first `ends[b]` tokens in its pages, its own tokens the last of them.
+    """Return attention of each span over the first `ends[b]` of its keys and values, its own tokens the last of them.
 
-    Shapes: key_pages [pages, J, page_size / 16, K, 16], value_pages [pages, J, page_size, K]; the result is [T, H, K].
+    Shapes: owned holds [M, J, K] twice for each span; the result is [T, H, K].
     """
     outputs = [
-        attend(q_THK[i:j], read_keys(key_pages, row)[:end], read_values(value_pages, row)[:end])
-        for (i, j), end, row in zip(spans, ends, pages, strict=True)
+        attend(q_THK[i:j], k_MJK[:end].to(q_THK.dtype), v_MJK[:end].to(q_THK.dtype))
+        for (i, j), end, (k_MJK, v_MJK) in zip(spans, ends, owned, strict=True)
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -71,6 +70,31 @@ def read_keys(key_pages: Tensor, row: Sequence[int]) -> Tensor:
 def read_values(value_pages: Tensor, row: Sequence[int]) -> Tensor:
     """Return the values [M, J, K] of all tokens that some pages have room for, page after page."""
     return value_pages[list(row)].transpose(1, 2).flatten(0, 1)
+
+
+def round_heads(x_TJK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return heads as int8, and the float32 scales [T, J] that they are times.
+
+    A scale is the head's largest magnitude / 127, NaN where one is no finite number; ties round to even.
+    """
+    wide_TJK = x_TJK.float()
+    largest_TJ = wide_TJK.abs().amax(dim=-1)
+    is_zero_TJ = largest_TJ < SMALLEST_MAGNITUDE
+    scale_TJ = torch.where(is_zero_TJ, 0.0, largest_TJ / 127).where(largest_TJ.isfinite(), torch.nan)
+    factor_TJ = torch.where(is_zero_TJ, 0.0, 127 / largest_TJ)
+    values_TJK = (wide_TJK * factor_TJ[..., None]).round()
+    return values_TJK.where(largest_TJ.isfinite()[..., None], 0.0).to(torch.int8), scale_TJ
+
+
+def write_scales(scale_pages: Tensor, scale_TJ: Tensor, rows_T: Tensor) -> None:
+    """Write each token's scales into its row. Mutates: scale_pages [pages, J, page_size]."""
+    page_size = scale_pages.shape[2]
+    scale_pages[rows_T // page_size, :, rows_T % page_size] = scale_TJ
+
+
+def read_scales(scale_pages: Tensor, row: Sequence[int]) -> Tensor:
+    """Return the scales [M, J] of all tokens that some pages have room for, page after page."""
+    return scale_pages[list(row)].transpose(1, 2).flatten(0, 1)
 
 
 def attend(q_LHK: Tensor, k_MJK: Tensor, v_MJK: Tensor) -> Tensor:

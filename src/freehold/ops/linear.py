@@ -24,6 +24,7 @@ def linear(hidden_TD: Tensor, weight: Weight, bias_F: Tensor | None = None) -> T
         int8 in groups of 32, with exact integer sums per group. Either way an output's order of summation depends on D
         alone. The gradient is the reference's.
     """
+    hidden_TD = hidden_TD.contiguous()
     if kernels() is None or not is_native(hidden_TD) or matrix_of(weight) is None:
         return linear_reference(hidden_TD, weight, bias_F)
     if wants_gradient(hidden_TD, weight, bias_F):

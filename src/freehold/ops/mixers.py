@@ -98,10 +98,13 @@ class Program:
         rotation: Tensor | None,
         key_pages: Tensor,
         value_pages: Tensor,
+        key_scales: Tensor | None,
+        value_scales: Tensor | None,
     ) -> None:
         """Add attention over pages, which gain each step's keys and values.
 
-        Shapes: rotation [positions, K], float32: K / 2 cosines, then K / 2 sines; pages as in `ops.attention`.
+        Shapes: rotation [positions, K], float32: K / 2 cosines, then K / 2 sines; pages as in `ops.attention`, with
+            scales where they are int8.
         """
         bias_dtype = next((bias.dtype for bias in biases if bias is not None), torch.float32)
         self._native.add_attention(
@@ -114,7 +117,8 @@ class Program:
             num_kv_heads,
             head_dim,
             *map(self._address, (rotation, key_pages, value_pages)),
-            key_pages.dtype is torch.bfloat16,
+            getattr(extension().PageElement, str(key_pages.dtype).removeprefix("torch.")),
+            *map(self._address, (key_scales, value_scales)),
         )
 
     def add_mamba2(
