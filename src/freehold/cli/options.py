@@ -52,7 +52,7 @@ Threads = Annotated[
     typer.Option(
         min=1,
         max=MAX_THREADS,
-        help="CPU threads. Without it, one for each core that this process may use.",
+        help="CPU threads. Without it, one for each core that this process or its container may use.",
         show_default=False,
     ),
 ]

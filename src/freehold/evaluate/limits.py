@@ -35,7 +35,8 @@ def read_bandwidth(num_threads: int) -> float:
 def product_rate(arithmetic: Arithmetic, num_threads: int) -> float:
     """Return operations per second, two for each product, of multiplying and adding in registers.
 
-    The instructions are those of the kernels' form; without kernels it is a square matrix product of torch in float32.
+    The instructions are those of the kernels' form; without kernels it is a square matrix product of torch in float32,
+    on torch's own threads.
     """
     form, num_rounds = kernels(), FIRST_ROUNDS
     if form is None:
