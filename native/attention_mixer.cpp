@@ -31,10 +31,10 @@ void attention_mixer(AttentionMixer call, int num_threads) {
   const std::size_t num_tokens = residual.num_tokens, inner_width = call.output.num_columns;
   Scratch& memory = scratch();
   memory.reset();
-  bool packed_in = false;
-  for (const Matrix& matrix : call.qkv) packed_in = packed_in || !matrix.is_plain();
-  const Rows normed = take_rows(memory, num_tokens, residual.width, packed_in);
-  const Rows mixed = take_rows(memory, num_tokens, inner_width, !call.output.is_plain());
+  bool quantized_in = false;
+  for (const Matrix& matrix : call.qkv) quantized_in = quantized_in || matrix.is_quantized();
+  const Rows normed = take_rows(memory, num_tokens, residual.width, quantized_in);
+  const Rows mixed = take_rows(memory, num_tokens, inner_width, call.output.is_quantized());
   const std::size_t stride = call.qkv[0].num_rows + call.qkv[1].num_rows + call.qkv[2].num_rows;
   call.attention.qkv = memory.take<float>(num_tokens * stride);
   call.attention.out = mixed.floats;

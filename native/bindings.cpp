@@ -199,6 +199,7 @@ NB_MODULE(_kernels, module) {
   nb::enum_<Format>(module, "Format")
       .value("F32", Format::float32)
       .value("BF16", Format::bfloat16)
+      .value("BF16_PANELS", Format::bf16_panels)
       .value("Q8_0", Format::q8_0)
       .value("Q4_0", Format::q4_0)
       .value("Q4_1", Format::q4_1)

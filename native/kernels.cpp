@@ -44,7 +44,7 @@ void embed(const Matrix& table, const std::int64_t* tokens, const Residual& to, 
     float* row = rows + member * width;
     for_each(team, to.num_tokens, grain_of(team, to.num_tokens), [&](std::size_t token) {
       const std::size_t number = static_cast<std::size_t>(tokens[token]);
-      if (table.is_plain())
+      if (is_plain(table.format))
         load_row(table.data, table.format == Format::float32 ? Element::float32 : Element::bfloat16, number * width, width, row);
       else
         unpack_row(table, number, row);
@@ -60,7 +60,7 @@ void linear(const Linear& call, int num_threads) {
   Scratch& memory = scratch();
   memory.reset();
   const std::size_t width = call.matrix.num_columns, stride = call.matrix.num_rows;
-  const Rows rows = take_rows(memory, call.num_rows, width, !call.matrix.is_plain());
+  const Rows rows = take_rows(memory, call.num_rows, width, call.matrix.is_quantized());
   run_team(num_threads, [&](Team& team, int) {
     for_each(team, call.num_rows, 1, [&](std::size_t m) {
       load_row(call.rows, call.element, m * width, width, rows.row(m));

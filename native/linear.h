@@ -5,11 +5,11 @@
 
 namespace freehold::FREEHOLD_FORM {
 
-void multiply_packed(const PanelCall& call);
-void multiply_plain(const PanelCall& call);
+void multiply_quantized(const PanelCall& call);
+void multiply_float(const PanelCall& call);
 
 inline void multiply(const PanelCall& call) {
-  call.matrix->is_plain() ? multiply_plain(call) : multiply_packed(call);
+  call.matrix->is_quantized() ? multiply_quantized(call) : multiply_float(call);
 }
 
 }  // namespace freehold::FREEHOLD_FORM

@@ -10,8 +10,8 @@ void mamba2_mixer(Mamba2Mixer call, int num_threads) {
   const std::size_t projected_width = call.input.num_rows;
   Scratch& memory = scratch();
   memory.reset();
-  const Rows normed = take_rows(memory, num_tokens, residual.width, !call.input.is_plain());
-  const Rows mixed = take_rows(memory, num_tokens, inner_width, !call.output.is_plain());
+  const Rows normed = take_rows(memory, num_tokens, residual.width, call.input.is_quantized());
+  const Rows mixed = take_rows(memory, num_tokens, inner_width, call.output.is_quantized());
   float* projected = memory.take<float>(num_tokens * projected_width);
   const std::size_t shared_width = 2 * static_cast<std::size_t>(call.mamba2.num_groups * call.mamba2.state_size);
   call.mamba2.projected = projected;

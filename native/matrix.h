@@ -1,7 +1,8 @@
 // Weights as kernels read them, and the rows that they meet.
 //
-// A plain matrix is a tensor as it lies in a file or in torch: [N, K], row after row. A packed one keeps the values of
-// a GGUF block format at their stored width, rearranged into panels of sixteen rows so that lanes are rows (formats.h).
+// A plain matrix is a tensor as it lies in a file or in torch: [N, K], row after row. A packed one has the values of a
+// GGUF format at their stored width, rearranged into panels of sixteen rows so that lanes are rows: quantized ones as
+// formats.h says, bfloat16 as [K, 16].
 #pragma once
 
 #include <cstddef>
@@ -12,10 +13,11 @@ namespace freehold {
 constexpr std::size_t PANEL_ROWS = 16;
 constexpr std::size_t GROUP = 32;  // weights that share a scale, and row elements that do
 
-enum class Format : int { float32, bfloat16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k };
-constexpr int NUM_FORMATS = 10;
+enum class Format : int { float32, bfloat16, bf16_panels, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k };
+constexpr int NUM_FORMATS = 11;
 
 constexpr bool is_plain(Format format) { return format == Format::float32 || format == Format::bfloat16; }
+constexpr bool is_quantized(Format format) { return format > Format::bf16_panels; }
 
 struct Matrix {
   Format format = Format::float32;
@@ -24,7 +26,7 @@ struct Matrix {
   std::size_t num_columns = 0;         // K, inputs; whole groups (or super-blocks) where packed
 
   explicit operator bool() const { return data != nullptr; }
-  bool is_plain() const { return freehold::is_plain(format); }
+  bool is_quantized() const { return freehold::is_quantized(format); }
   std::size_t num_panels() const { return (num_rows + PANEL_ROWS - 1) / PANEL_ROWS; }
 };
 
@@ -38,7 +40,7 @@ struct RowGroup {
 static_assert(sizeof(RowGroup) == 44);
 
 // One panel's products with rows: out[m * stride + n] = sum over k of row m's element k times the panel's row n's.
-// Rows are floats for plain matrices and RowGroups for packed ones. The last panel may have fewer than sixteen rows;
+// Rows are RowGroups where the matrix is quantized, floats where not. The last panel may have fewer than sixteen rows;
 // sixteen outputs are written all the same.
 struct PanelCall {
   const Matrix* matrix;

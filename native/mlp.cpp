@@ -45,8 +45,8 @@ void mlp(const Mlp& call, int num_threads) {
   const std::size_t num_tokens = residual.num_tokens, inner_width = call.up.num_rows;
   Scratch& memory = scratch();
   memory.reset();
-  const Rows normed = take_rows(memory, num_tokens, residual.width, !call.up.is_plain());
-  const Rows inner = take_rows(memory, num_tokens, inner_width, !call.down.is_plain());
+  const Rows normed = take_rows(memory, num_tokens, residual.width, call.up.is_quantized());
+  const Rows inner = take_rows(memory, num_tokens, inner_width, call.down.is_quantized());
   const std::size_t num_columns = (inner_width + GROUP - 1) / GROUP;
   run_team(num_threads, [&](Team& team, int) {
     prepare(team, residual, normed);

@@ -7,7 +7,7 @@
 namespace freehold::FREEHOLD_FORM {
 
 // Columns 32 j to 32 j + 31 of act(up(x)) for some rows x, written to rows of `inner` in the form that its matrix wants.
-// Gate and up are both plain or both packed.
+// Gate and up are both quantized or both not.
 void activate_columns(const Matrix& gate, const Matrix& up, const void* const* rows, std::size_t num_rows, std::size_t j,
                       const Rows& inner, std::size_t first_inner_row);
 

@@ -219,14 +219,14 @@ void leave_latent(Team& team, const Moe& call, const Work& work) {
 
 Work take_work(Scratch& memory, const Moe& call) {
   const std::size_t num_tokens = call.residual.num_tokens, num_entries = num_tokens * call.num_chosen;
-  const bool packed_up = !call.up.is_plain(), packed_shared = !call.shared_up.is_plain();
-  const bool packed_in = call.latent_in && !call.latent_in.is_plain();
+  const bool quantized_up = call.up.is_quantized(), quantized_shared = call.shared_up.is_quantized();
+  const bool quantized_in = call.latent_in && call.latent_in.is_quantized();
   Work work;
-  work.normed = take_rows(memory, num_tokens, call.residual.width, packed_up || packed_shared || packed_in);
+  work.normed = take_rows(memory, num_tokens, call.residual.width, quantized_up || quantized_shared || quantized_in);
   if (call.latent_in)
-    work.latent = take_rows(memory, num_tokens, call.up.num_columns, packed_up || !call.latent_out.is_plain());
-  work.entry_inner = take_rows(memory, num_entries, call.up.num_rows, !call.down.is_plain());
-  work.shared_inner = take_rows(memory, num_tokens, call.shared_up.num_rows, !call.shared_down.is_plain());
+    work.latent = take_rows(memory, num_tokens, call.up.num_columns, quantized_up || call.latent_out.is_quantized());
+  work.entry_inner = take_rows(memory, num_entries, call.up.num_rows, call.down.is_quantized());
+  work.shared_inner = take_rows(memory, num_tokens, call.shared_up.num_rows, call.shared_down.is_quantized());
   work.entry_rows = memory.take<const void*>(num_entries);
   work.logits = memory.take<float>(num_tokens * call.num_experts);
   work.results = memory.take<float>(num_entries * call.down.num_rows);

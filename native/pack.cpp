@@ -137,15 +137,40 @@ void put_group_scales(Format format, const std::uint8_t* block, int group, std::
   }
 }
 
+// Panels of bfloat16, [K, 16].
+std::uint16_t* bf16_panel(const Matrix& packed, std::size_t panel) {
+  return reinterpret_cast<std::uint16_t*>(const_cast<std::uint8_t*>(packed.data)) + panel * PANEL_ROWS * packed.num_columns;
+}
+
+void pack_bf16(const Matrix& packed, const std::uint8_t* stored, std::size_t first, std::size_t last) {
+  constexpr std::size_t AT_ONCE = 32;  // columns: a cache line of each row is read once
+  const std::size_t columns = packed.num_columns;
+  for (std::size_t panel = first; panel < last; ++panel) {
+    std::uint16_t* to = bf16_panel(packed, panel);
+    const std::size_t left = packed.num_rows - panel * PANEL_ROWS, present = left < PANEL_ROWS ? left : PANEL_ROWS;
+    if (present < PANEL_ROWS) std::memset(to, 0, PANEL_ROWS * columns * 2);
+    for (std::size_t k = 0; k < columns; k += AT_ONCE) {
+      const std::size_t count = columns - k < AT_ONCE ? columns - k : AT_ONCE;
+      for (std::size_t n = 0; n < present; ++n) {
+        std::uint16_t part[AT_ONCE];
+        std::memcpy(part, stored + ((panel * PANEL_ROWS + n) * columns + k) * 2, count * 2);
+        for (std::size_t i = 0; i < count; ++i) to[(k + i) * PANEL_ROWS + n] = part[i];
+      }
+    }
+  }
+}
+
 }  // namespace
 
 std::size_t packed_bytes(Format format, std::size_t num_rows, std::size_t num_columns) {
+  if (format == Format::bf16_panels) return (num_rows + PANEL_ROWS - 1) / PANEL_ROWS * PANEL_ROWS * num_columns * 2;
   const Shape shape = shape_of(format);
   if (shape.bits == 0 || num_columns == 0 || num_columns % shape.block_columns != 0) return 0;
   return (num_rows + PANEL_ROWS - 1) / PANEL_ROWS * shape.num_supers(num_columns) * shape.super_bytes();
 }
 
 void pack_panels(const Matrix& packed, const std::uint8_t* stored, std::size_t first, std::size_t last) {
+  if (packed.format == Format::bf16_panels) return pack_bf16(packed, stored, first, last);
   const Shape shape = shape_of(packed.format);
   const std::size_t num_supers = shape.num_supers(packed.num_columns), row_bytes = num_supers * shape.block_bytes;
   std::uint8_t* to = const_cast<std::uint8_t*>(packed.data) + first * num_supers * shape.super_bytes();
@@ -212,6 +237,14 @@ float value_of(Format format, const std::uint8_t* super, const std::uint8_t* gro
 }  // namespace
 
 void unpack_row(const Matrix& packed, std::size_t row, float* out) {
+  if (packed.format == Format::bf16_panels) {
+    const std::uint16_t* element = bf16_panel(packed, row / PANEL_ROWS) + row % PANEL_ROWS;
+    for (std::size_t k = 0; k < packed.num_columns; ++k) {
+      const std::uint32_t bits = static_cast<std::uint32_t>(element[k * PANEL_ROWS]) << 16;
+      std::memcpy(out + k, &bits, sizeof bits);
+    }
+    return;
+  }
   const Shape shape = shape_of(packed.format);
   const std::size_t num_supers = shape.num_supers(packed.num_columns), n = row % PANEL_ROWS;
   const std::uint8_t* super = packed.data + row / PANEL_ROWS * num_supers * shape.super_bytes();

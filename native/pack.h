@@ -1,4 +1,4 @@
-// From a GGUF block format to panels (formats.h), every value kept; done once, when a model is loaded.
+// From a GGUF format to panels (matrix.h, formats.h), every value kept; done once, when a model is loaded.
 #pragma once
 
 #include "matrix.h"

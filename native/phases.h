@@ -18,35 +18,35 @@ inline void store_any(void* row, Element element, std::size_t at, F32 value, std
   store_first(static_cast<std::uint16_t*>(row) + at, value, count);
 }
 
-// Rows for products, in both forms that matrices may want: floats, and groups where any packed matrix meets them.
+// Rows for products, in both forms that matrices may want: floats, and groups where any quantized matrix meets them.
 struct Rows {
   std::size_t num_rows = 0, width = 0;
   float* floats = nullptr;       // [rows, width]
-  RowGroup* groups = nullptr;    // [rows, width / GROUP]; null where no packed matrix meets them
-  const void** plain = nullptr;  // [rows], the start of each in floats
-  const void** packed = nullptr; // [rows], in groups
+  RowGroup* groups = nullptr;    // [rows, width / GROUP]; null where no quantized matrix meets them
+  const void** floats_of = nullptr;  // [rows], the start of each in floats
+  const void** groups_of = nullptr;  // [rows], in groups
 
   float* row(std::size_t m) const { return floats + m * width; }
   RowGroup* row_groups(std::size_t m) const { return groups + m * (width / GROUP); }
-  const void* const* of(const Matrix& matrix) const { return matrix.is_plain() ? plain : packed; }
+  const void* const* of(const Matrix& matrix) const { return matrix.is_quantized() ? groups_of : floats_of; }
   void quantize(std::size_t m) const {
     if (groups) quantize_row(row(m), width, row_groups(m));
   }
 };
 
-inline Rows take_rows(Scratch& memory, std::size_t num_rows, std::size_t width, bool meets_packed) {
+inline Rows take_rows(Scratch& memory, std::size_t num_rows, std::size_t width, bool meets_quantized) {
   Rows rows;
   rows.num_rows = num_rows;
   rows.width = width;
   rows.floats = memory.take<float>(num_rows * width);
-  rows.plain = memory.take<const void*>(num_rows);
-  if (meets_packed) {
+  rows.floats_of = memory.take<const void*>(num_rows);
+  if (meets_quantized) {
     rows.groups = memory.take<RowGroup>(num_rows * (width / GROUP));
-    rows.packed = memory.take<const void*>(num_rows);
+    rows.groups_of = memory.take<const void*>(num_rows);
   }
   for (std::size_t m = 0; m < num_rows; ++m) {
-    rows.plain[m] = rows.row(m);
-    if (meets_packed) rows.packed[m] = rows.row_groups(m);
+    rows.floats_of[m] = rows.row(m);
+    if (meets_quantized) rows.groups_of[m] = rows.row_groups(m);
   }
   return rows;
 }
@@ -72,7 +72,7 @@ inline void prepare(Team& team, const Residual& residual, const Rows& rows) {
   });
 }
 
-// Phase and its barrier, where a packed matrix will meet the rows: their groups from their floats.
+// Phase and its barrier, where a quantized matrix will meet the rows: their groups from their floats.
 inline void quantize_all(Team& team, const Rows& rows) {
   if (!rows.groups) return;
   for_each(team, rows.num_rows, grain_of(team, rows.num_rows), [&](std::size_t m) { rows.quantize(m); });

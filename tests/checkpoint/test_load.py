@@ -22,6 +22,7 @@ from freehold.evaluate.laws import finite_weights
 from freehold.models.decoder import Decoder
 from freehold.models.families import family_of_config
 from inputs import smollm2_gguf
+from models.forms import needs_kernels
 from models.tiny import CONFIGS, LLAMA, MTP, NEMOTRON, Config, random_tokens, tiny_decoder
 from models.witness import our_logits
 
@@ -58,7 +59,30 @@ def change_config(folder: Path, **changed: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
 
 
-# What is used in place, and what is copied.
+# What is used in place, what is copied, and what is packed.
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["llama-tied", "nemotron"])
+def test_a_bfloat16_model_is_packed_for_the_kernels_with_experts_that_are_stored_apart(name, tmp_path):
+    folder = saved(tmp_path / "m", CONFIGS[name], dtype=torch.bfloat16)
+    packed, report = loaded(folder, keep_packed=True)
+    plain, _ = loaded(folder)
+    parameters, weights = dict(plain.named_parameters()), packed.packed_weights()
+    matrices = {n for n, p in parameters.items() if p.ndim > 1 and p.dtype is torch.bfloat16 and "conv1d" not in n}
+    assert weights.keys() == matrices
+    assert all(torch.equal(weight.dense(), parameters[name].float()) for name, weight in weights.items())
+    assert report.copied_bytes >= sum(weight.nbytes for weight in weights.values())
+    tokens_L = random_tokens(20)
+    assert torch.equal(our_logits(packed, tokens_L), our_logits(plain, tokens_L))
+
+
+@needs_kernels
+def test_packed_weights_count_in_the_room_that_a_model_needs(tmp_path):
+    folder = saved(tmp_path / "m", CONFIGS["llama"], dtype=torch.bfloat16)
+    with pytest.raises(BadInput, match=r"the weights need [0-9,]+ bytes of memory, 1,000 are free"):
+        loaded(folder, keep_packed=True, memory_bytes=1000)
+    loaded(folder, memory_bytes=1000)  # used in place
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -29,6 +29,7 @@ DECODERS: dict[str, Callable[[], Decoder]] = {
     "llama-Q8_0": lambda: pack_decoder(tiny_decoder(PACKED_LLAMA), "Q8_0"),
     "llama-Q4_1-bfloat16": lambda: pack_decoder(tiny_decoder(PACKED_LLAMA, dtype=torch.bfloat16), "Q4_1"),
     "nemotron-Q4_0": lambda: pack_decoder(tiny_decoder(PACKED_NEMOTRON), "Q4_0"),
+    "nemotron-BF16": lambda: pack_decoder(tiny_decoder(NEMOTRON, dtype=torch.bfloat16), "BF16"),
     "qwen-Q4_K-tied": lambda: pack_decoder(tiny_decoder(SUPER_QWEN), "Q4_K"),
 }
 EACH = pytest.mark.parametrize("name", DECODERS)
@@ -90,6 +91,15 @@ def test_what_follows_is_predicted_from_each_last_hidden_state(name, lengths):
         expected_BV = decoder.logits(hidden_TD[torch.tensor(lengths).cumsum(0) - 1])
         assert torch.equal(decoder.predict(tokens_T, *step_of(decoder, lengths)), expected_BV)
         assert torch.equal(decoder.predict(tokens_T, Layout.packed(lengths)), expected_BV)
+
+
+def test_a_model_in_bfloat16_has_the_same_bits_packed_and_not():
+    tokens_T, lengths = random_tokens(29), [20, 1, 8]
+    found_BV, expected_BV = (
+        decoder.predict(tokens_T, *step_of(decoder, lengths))
+        for decoder in (decoder_of("nemotron-BF16"), decoder_of("nemotron-bfloat16"))
+    )
+    assert torch.equal(found_BV, expected_BV)
 
 
 @pytest.mark.parametrize("unknown", [-1, 10**6])

@@ -13,6 +13,7 @@ from freehold.quantize.gguf_blocks import BLOCKS
 from models.tiny import LLAMA, NEMOTRON, QWEN
 
 FORMATS = sorted(PACKED_FORMATS)
+QUANTIZED_FORMATS = [format for format in FORMATS if format != "BF16"]
 # Where a block's halves are: scales first, then minimums.
 HALF_FIELDS = {"Q6_K": (208,), "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2)}  # others: at 0
 # Tiny models whose rows are whole blocks of 32 columns, and of 256.
@@ -34,6 +35,9 @@ def random_blocks(format: str, shape: tuple[int, ...], *, seed: int = 0, scale: 
     scale: what the halves are at most; None for any finite ones, the smallest and the largest too.
     """
     rng = np.random.default_rng(seed)
+    if format == "BF16":
+        values = rng.standard_normal(shape, dtype=np.float32) * np.float32(1.0 if scale is None else scale)
+        return torch.from_numpy(values).bfloat16().view(torch.uint8).flatten()
     block = BLOCKS[format]
     blocks = rng.integers(0, 256, (block.bytes_of_shape(shape) // block.num_bytes, block.num_bytes), dtype=np.uint8)
     for at in HALF_FIELDS.get(format, (0,)):

@@ -10,7 +10,7 @@ from freehold.ops.linear import embed, linear, linear_reference
 from freehold.ops.weight import PACKED_FORMATS, Weight, dense
 from freehold.quantize.gguf_blocks import BLOCKS, dequantize
 from models.forms import FORMS, THREADS, needs_kernels, needs_two_forms, on_threads, running, same_bits
-from models.packing import FORMATS, pack_blocks, random_blocks, random_packed
+from models.packing import FORMATS, QUANTIZED_FORMATS, pack_blocks, random_blocks, random_packed
 
 pytestmark = needs_kernels
 
@@ -92,8 +92,8 @@ def test_a_token_that_a_packed_table_has_not_is_refused(token):
 
 @ALL_FORMS
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("format", FORMATS)
-def test_packed_products_are_those_of_rows_in_eight_bits(format, dtype, form):
+@pytest.mark.parametrize("format", QUANTIZED_FORMATS)
+def test_quantized_products_are_those_of_rows_in_eight_bits(format, dtype, form):
     tolerance = FLOAT32_TOLERANCE if dtype is torch.float32 else BFLOAT16_TOLERANCE
     for columns in columns_of(format):
         for width in WIDTHS:
@@ -162,13 +162,13 @@ def random_weight(format: str, shape: tuple[int, int], *, seed: int = 0) -> Weig
     if format in PACKED_FORMATS:
         return random_packed(format, shape, seed=seed)
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return values.bfloat16() if format == "BF16" else values
+    return values.bfloat16() if format == "bfloat16" else values
 
 
 @st.composite
 def products(draw: st.DrawFn) -> tuple[Tensor, Weight, Tensor | None]:
     """Rows, a weight and perhaps a bias."""
-    format = draw(st.sampled_from([*FORMATS, "F32", "BF16"]))
+    format = draw(st.sampled_from([*FORMATS, "F32", "bfloat16"]))
     seed, num_rows = draw(st.integers(0, 2**16)), draw(st.integers(1, 14) | st.integers(250, 262))
     if format in PACKED_FORMATS:
         columns = BLOCKS[format].num_values * draw(st.integers(1, 3))
@@ -196,7 +196,7 @@ def test_an_output_has_the_same_bits_in_any_company_on_any_threads_and_form(prod
     assert same_bits(found_TF, expected_TF)
 
 
-@pytest.mark.parametrize("format", [*FORMATS, "F32", "BF16"])
+@pytest.mark.parametrize("format", [*FORMATS, "F32", "bfloat16"])
 @pytest.mark.parametrize("num_threads", THREADS)
 def test_each_row_alone_has_the_bits_that_it_has_among_all(format, num_threads):
     weight, rows_TD = random_weight(format, (33, 512)), torch.randn(270, 512)
@@ -204,6 +204,19 @@ def test_each_row_alone_has_the_bits_that_it_has_among_all(format, num_threads):
         together_TF = linear(rows_TD, weight)
         alone_TF = torch.cat([linear(rows_TD[i : i + 1], weight) for i in range(len(rows_TD))])
     assert same_bits(alone_TF, together_TF)
+
+
+@ALL_FORMS
+@pytest.mark.parametrize(("num_rows", "columns"), [(1, 300), (5, 576), (12, 31), (13, 512), (262, 257)])
+def test_bfloat16_in_panels_has_the_bits_that_it_has_row_after_row(num_rows, columns, form):
+    plain = torch.randn(37, columns).bfloat16()
+    packed, rows_TD = (
+        pack_blocks(plain.view(torch.uint8).flatten(), "BF16", (37, columns)),
+        torch.randn(num_rows, columns),
+    )
+    assert torch.equal(packed.dense(), plain.float())
+    with running(form):
+        assert same_bits(linear(rows_TD, packed), linear(rows_TD, plain))
 
 
 @needs_two_forms
@@ -246,7 +259,7 @@ def test_the_smallest_rows_give_their_products_or_nothing(format, form):
 
 @ALL_FORMS
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf], ids=str)
-@pytest.mark.parametrize("format", [*FORMATS, "F32", "BF16"])
+@pytest.mark.parametrize("format", [*FORMATS, "F32", "bfloat16"])
 def test_what_is_no_number_shows_in_its_row_and_nowhere_else(format, number, form):
     weight, rows_TD = random_weight(format, (37, 512)), torch.randn(9, 512)
     with running(form):

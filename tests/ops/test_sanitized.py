@@ -30,7 +30,7 @@ AVX512 = (
 )
 FORM_FLAGS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "avx512vnni": [*AVX512, "-DFREEHOLD_VNNI"]}
 KERNELS = (  # as CMakeLists.txt
-    "attention attention_mixer attention_write kernels linear_packed linear_plain"
+    "attention attention_mixer attention_write kernels linear_float linear_quantized"
     " mamba2 mamba2_mixer mlp moe peaks rows"
 ).split()
 SHARED = ["pack", "pool", "program", "scratch"]

@@ -160,7 +160,8 @@ def load_decoder(
 ) -> tuple[Decoder, LoadReport]:
     """Return the decoder of a described source, weights mapped where format, dtype and device allow.
 
-    keep_packed: whether quantized matrices keep their values at the width they are stored at, for the kernels.
+    keep_packed: whether quantized and bfloat16 matrices are packed for the kernels, their values at the width they are
+        stored at.
     Memory: the weights in `dtype` or packed, plus scratch for one tensor that a rule reshapes, at most.
     memory_bytes: what the weights that cannot be mapped may take; None does not ask.
     Raises: BadInput where they take more, before any is read; BadRequest where float16 cannot hold a value.
@@ -220,7 +221,7 @@ def _check_room(
     needed = sum(
         _loaded_bytes(match, parameters[match.name], keep_packed)
         for match in described.matches.matches
-        if not _is_mappable(match, parameters[match.name].dtype, device)
+        if (keep_packed and is_packable(match)) or not _is_mappable(match, parameters[match.name].dtype, device)
     )
     if needed > memory_bytes:
         raise BadInput(

@@ -1,4 +1,4 @@
-"""Quantized weights as the kernels read them: packed when a model is loaded, or once and for all into a kept file.
+"""Weights as the kernels read them: packed when a model is loaded, or once and for all into a kept file.
 
 Belongs here: which weights are packed, from which bytes, and the file beside a model that keeps the result, so that the
 next start maps it instead of packing again. Not here: the packed layout (native/formats.h), and who uses the weights.
@@ -18,6 +18,7 @@ from tempfile import NamedTemporaryFile
 import torch
 from torch import Tensor
 
+from freehold.checkpoint.dtypes import DTYPE_OF_FORMAT
 from freehold.checkpoint.rules import Match
 from freehold.checkpoint.source import Source, open_source
 from freehold.errors import BadFile, BadInput
@@ -27,16 +28,21 @@ from freehold.ops.weight import Packed, pack, packed_bytes
 # Which parameters are matrices of products or tables of rows.
 PACKABLE = ("_proj.weight", "experts.up_proj", "experts.down_proj", "embeddings.weight", "lm_head.weight")
 
-LAYOUT = 1  # of panels; a kept file of another is packed anew
+LAYOUT = 2  # of panels; a kept file of another is packed anew
 FINGERPRINT = "fingerprint"
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 def is_packable(match: Match) -> bool:
-    """Return whether a weight can stay at its stored width: one quantized tensor of matrices whose rows stay whole."""
-    is_whole = len(match.stored) == 1 and not match.rule.is_stack and match.rule.transform.keeps_rows
+    """Return whether a weight can be packed at its stored width: matrices of one format whose rows stay whole."""
+    has_whole_rows = len({tensor.format for tensor in match.stored}) == 1 and match.rule.transform.keeps_rows
     is_matrix = match.name.endswith(PACKABLE) and not hasattr(match.parameter, "stays_float32")
-    return is_whole and is_matrix and packed_size(match) > 0
+    return has_whole_rows and is_matrix and packed_size(match) > 0
+
+
+def is_quantized(match: Match) -> bool:
+    """Return whether a weight that can be packed is a quantized one."""
+    return match.stored[0].format not in DTYPE_OF_FORMAT
 
 
 def packed_size(match: Match) -> int:
@@ -45,14 +51,19 @@ def packed_size(match: Match) -> int:
 
 
 def pack_weight(source: Source, match: Match, *, out: Tensor) -> Packed:
-    """Return a weight packed from its blocks, little of whose file stays in memory. Mutates: out, of `packed_size`."""
-    tensor, shape = match.stored[0], tuple(match.parameter.shape)
-    blocks = source.bytes_of(tensor.name)
-    if match.rule.transform is not SAME:
-        blocks = match.rule.transform.load(blocks.view(shape[0], -1)).contiguous().view(-1)
-    packed = pack(blocks, tensor.format, shape=shape, out=out)
-    source.release(tensor.name)
-    return packed
+    """Return a weight packed from what its file stores, little of which stays in memory.
+
+    Mutates: out, of `packed_size`.
+    """
+    format, shape = match.stored[0].format, tuple(match.parameter.shape)
+    part_shape = shape[1:] if match.rule.is_stack else shape
+    for tensor, part in zip(match.stored, out.chunk(len(match.stored)), strict=True):
+        stored = source.bytes_of(tensor.name)
+        if match.rule.transform is not SAME:
+            stored = match.rule.transform.load(stored.view(part_shape[0], -1)).contiguous().view(-1)
+        pack(stored, format, shape=part_shape, out=part)
+        source.release(tensor.name)
+    return Packed(format=format, shape=shape, data=out)
 
 
 def kept_path(weights: Path) -> Path:
@@ -116,7 +127,7 @@ def write_kept(
     path, total = kept_path(source.files[0]), sum(sizes.values())
     if not packed:
         raise BadInput(
-            f"{source.files[0].name} has no quantized weights to pack", hint="plain ones are used as they lie"
+            f"{source.files[0].name} has no weights to pack", hint="float32 and float16 are used as they lie"
         )
     if (free := shutil.disk_usage(path.parent).free) < total:
         raise BadInput(f"{path.name} needs {total:,} bytes on its disk, {free:,} are free")

@@ -1,4 +1,4 @@
-"""`freehold pack`: keep a quantized model's packed weights beside it, so that it starts at once."""
+"""`freehold pack`: keep a model's packed weights beside it, so that it starts at once."""
 
 from freehold.checkpoint.fetch import find
 from freehold.cli import options
@@ -9,7 +9,7 @@ from freehold.settings import Settings
 
 
 def pack(source: options.ModelName, as_json: options.Json = False) -> None:
-    """Keep a quantized model's weights as the kernels read them, in a file beside it.
+    """Keep a quantized or bfloat16 model's weights as the kernels read them, in a file beside it.
 
     Loading such a model packs its weights first, which takes seconds for a large one. With the kept file they are
     mapped instead. It takes about the room of the model once more, appears whole or not at all, and is used from the

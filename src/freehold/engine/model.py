@@ -213,8 +213,8 @@ def load(
     """Return a model, ready to run.
 
     model: a folder, a .safetensors or .gguf file, or a name of the catalogue that `freehold fetch` has fetched.
-    dtype: "float32", "bfloat16" or "float16"; None takes the stored one, see `default_dtype`, and on a CPU keeps
-        quantized weights at the width they are stored at.
+    dtype: "float32", "bfloat16" or "float16", weights as tensors of it; None takes the stored one, see
+        `default_dtype`, and on a CPU packs quantized and bfloat16 matrices for the kernels at their stored width.
     progress: called with bytes loaded so far and bytes in all.
     Raises: BadInput and its kinds, each with one clear line.
     """

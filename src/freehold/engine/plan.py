@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from freehold.checkpoint.load import Described
-from freehold.checkpoint.pack import is_packable, packed_size
+from freehold.checkpoint.pack import is_packable, is_quantized, packed_size
 from freehold.models.decoder import Decoder, build_decoder
 from freehold.models.layout import kv_bytes_per_token, recurrent_bytes_per_sequence
 from freehold.models.spec import AttentionSpec, DecoderSpec, Mamba2Spec, MoeSpec
@@ -135,7 +135,7 @@ def need_of(spec: DecoderSpec, dtype: torch.dtype) -> Need:
 def need_as_stored(described: Described) -> Need | None:
     """Return what a model takes whose quantized weights stay as they are stored, None where it has none."""
     matches = described.matches.matches
-    if not any(is_packable(match) for match in matches):
+    if not any(is_packable(match) and is_quantized(match) for match in matches):
         return None
     need = need_of(described.spec, torch.float32)
     saved = sum(match.parameter.nbytes - packed_size(match) for match in matches if is_packable(match))

@@ -20,6 +20,7 @@ from freehold.models.names import TensorNames
 from freehold.models.spec import MoeSpec
 from freehold.ops.attention import PAGE_TOKENS
 from freehold.ops.native import native_report
+from freehold.ops.weight import Weight, dense, is_quantized
 
 # Relative distances between two ways to compute the same numbers, on the torch references; the native kernels give the
 # same bits. A matrix product of torch may sum in another order when it has
@@ -31,8 +32,8 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 ROUTED_HALF_TOLERANCE = 0.25
 # A block's native call against its ops one by one: sums in another order, and for bfloat16 fewer roundings.
 TWIN_TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 3e-2}
-# Packed weights meet activations rounded to 8 bits: a last bit before that rounding may be an eighth one after it.
-PACKED_TOLERANCE = 2e-2
+# Quantized weights meet activations rounded to 8 bits: a last bit before that rounding may be an eighth one after it.
+QUANTIZED_TOLERANCE = 2e-2
 
 LENGTH = 80  # tokens of the sequence that the laws look at: three pages
 PAGE_SIZE = PAGE_TOKENS
@@ -139,13 +140,15 @@ def company(decoder: Decoder, *, seed: int) -> Finding:
 
 
 def round_trip(decoder: Decoder, names: TensorNames) -> Finding:
-    """Return whether the tensors that would be saved give back the parameters, bit for bit; packed ones never are."""
-    parameters, packed = dict(decoder.named_parameters()), decoder.packed_weights()
-    rules = [rule for rule in names.rules if rule.parameter not in packed]
-    unnamed = sorted(parameters.keys() ^ {rule.parameter for rule in rules})
+    """Return whether the tensors that would be saved give back the parameters, bit for bit; quantized ones are not."""
+    parameters: dict[str, Weight] = dict(decoder.named_parameters())
+    parameters |= decoder.packed_weights()
+    quantized = {name for name, weight in parameters.items() if is_quantized(weight)}
+    rules = [rule for rule in names.rules if rule.parameter not in quantized]
+    unnamed = sorted((parameters.keys() - quantized) ^ {rule.parameter for rule in rules})
     changed, num_stored = [], 0
     for rule in rules:
-        parameter = parameters[rule.parameter].detach()
+        parameter = dense(parameters[rule.parameter], decoder.dtype).detach()
         parts = rule.stored_parts(parameter)
         loaded = [rule.transform.load(stored) for _, stored in parts]
         pairs = zip(loaded, parameter.unbind() if rule.is_stack else [parameter], strict=True)
@@ -161,12 +164,12 @@ def round_trip(decoder: Decoder, names: TensorNames) -> Finding:
         tolerance=None,
         detail=f"changed or without a rule: {', '.join(wrong[:NAMES_SHOWN])}"
         if wrong
-        else _round_trip_detail(num_stored, len(packed)),
+        else _round_trip_detail(num_stored, len(quantized)),
     )
 
 
-def _round_trip_detail(num_stored: int, num_packed: int) -> str:
-    return f"{num_stored} tensors" + (f", {num_packed} packed ones aside" if num_packed else "")
+def _round_trip_detail(num_stored: int, num_quantized: int) -> str:
+    return f"{num_stored} tensors" + (f", {num_quantized} quantized ones aside" if num_quantized else "")
 
 
 @torch.inference_mode()
@@ -175,7 +178,11 @@ def twin(decoder: Decoder, *, seed: int) -> Finding:
     form = native_report() if decoder.is_native() else "off"
     distances = _twin_distances(decoder, seed) if form != "off" else {}
     worst = _furthest(distances) if distances else ""
-    tolerance = PACKED_TOLERANCE if decoder.packed_weights() else TWIN_TOLERANCES[decoder.dtype]
+    tolerance = (
+        QUANTIZED_TOLERANCE
+        if any(map(is_quantized, decoder.packed_weights().values()))
+        else TWIN_TOLERANCES[decoder.dtype]
+    )
     return Finding(
         law="twin",
         claim="native kernels equal their references",

@@ -204,7 +204,8 @@ def arithmetic_of(decoder: Decoder) -> Arithmetic:
         num_bytes[packed.format] = num_bytes.get(packed.format, 0) + packed.nbytes
     if not num_bytes or kernels() is None:
         return "float32"
-    return "eight_bits" if max(num_bytes, key=num_bytes.__getitem__) == "Q8_0" else "up_to_six_bits"
+    most = max(num_bytes, key=num_bytes.__getitem__)
+    return "float32" if most == "BF16" else "eight_bits" if most == "Q8_0" else "up_to_six_bits"
 
 
 def _speed(case: Case, work: Work, seconds: float) -> Speed:

@@ -7,7 +7,7 @@ from freehold.models.layout import Layout
 from freehold.models.linear import Linear
 from freehold.models.spec import MlpSpec
 from freehold.ops.mixers import Norm, Program, can_run
-from freehold.ops.weight import Packed
+from freehold.ops.weight import is_quantized
 
 
 class GatedMlp(nn.Module):
@@ -29,7 +29,7 @@ class GatedMlp(nn.Module):
     def is_native(self) -> bool:
         """Return whether kernels can take this mixer."""
         gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
-        return isinstance(gate, Packed) == isinstance(up, Packed) and can_run((gate, up, down))
+        return is_quantized(gate) == is_quantized(up) and can_run((gate, up, down))
 
     def add_to(self, program: Program, norm: Norm, state: None) -> None:
         """Add this mixer's block to a program. Mutates: program."""

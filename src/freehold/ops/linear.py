@@ -20,9 +20,9 @@ def linear_reference(hidden_TD: Tensor, weight: Weight, bias_F: Tensor | None = 
 def linear(hidden_TD: Tensor, weight: Weight, bias_F: Tensor | None = None) -> Tensor:
     """Return `linear_reference` of the same arguments, by the native kernel where it applies.
 
-    Precision: plain weights meet float32 rows, with sums in blocks of 256 columns; packed ones meet rows quantized to
-        int8 in groups of 32, with exact integer sums per group. Either way an output's order of summation depends on D
-        alone. The gradient is the reference's.
+    Precision: float weights meet float32 rows, with sums in blocks of 256 columns; quantized ones meet rows quantized
+        to int8 in groups of 32, with exact integer sums per group. Either way an output's order of summation depends on
+        D alone. The gradient is the reference's.
     """
     hidden_TD = hidden_TD.contiguous()
     if kernels() is None or not is_native(hidden_TD) or matrix_of(weight) is None:

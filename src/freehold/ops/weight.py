@@ -13,13 +13,13 @@ from torch import Tensor
 
 from freehold.ops.native import extension, is_native
 
-PACKED_FORMATS = frozenset(("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"))
+PACKED_FORMATS = frozenset(("BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"))
 PANEL_ROWS = 16  # rows of a matrix that lie side by side
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Packed:
-    """Matrices [..., N, K] whose values stay in a block format, rearranged for the kernels (native/formats.h).
+    """Matrices [..., N, K] whose values stay in a GGUF format, rearranged for the kernels (native/matrix.h).
 
     data: uint8, the packed matrices one after the other. No value is changed: `dense` gives what the format's formula
     says in float32.
@@ -32,6 +32,11 @@ class Packed:
     @property
     def nbytes(self) -> int:
         return self.data.nbytes
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether rows are quantized, too, before they meet the matrices."""
+        return self.format != "BF16"
 
     @property
     def num_matrices(self) -> int:
@@ -49,7 +54,7 @@ class Packed:
 
     def _matrix(self, index: int) -> Any:
         address = self.data.data_ptr() + index * self.matrix_bytes
-        return extension().Matrix(getattr(extension().Format, self.format), address, *self.shape[-2:])
+        return extension().Matrix(_panels_of(self.format), address, *self.shape[-2:])
 
     def rows(self, numbers: Tensor) -> Tensor:
         """Return rows of the (first) matrix, float32 [len(numbers), K]."""
@@ -78,11 +83,21 @@ class Packed:
 Weight = Tensor | Packed
 
 
+def _panels_of(format: str) -> Any:
+    """Return the native name of a GGUF format in panels."""
+    return getattr(extension().Format, "BF16_PANELS" if format == "BF16" else format)
+
+
+def is_quantized(weight: Weight) -> bool:
+    """Return whether a weight is a quantized one, kept at its width."""
+    return isinstance(weight, Packed) and weight.is_quantized
+
+
 def packed_bytes(format: str, shape: tuple[int, ...]) -> int:
     """Return the bytes that matrices of this shape take when packed; 0 where they cannot be."""
     if format not in PACKED_FORMATS or extension() is None or len(shape) not in (2, 3):
         return 0
-    one = extension().packed_bytes(getattr(extension().Format, format), *shape[-2:])
+    one = extension().packed_bytes(_panels_of(format), *shape[-2:])
     return one * (shape[0] if len(shape) == 3 else 1)
 
 

@@ -212,7 +212,7 @@ void packed_product(const PanelCall& call) {
 
 }  // namespace
 
-void multiply_packed(const PanelCall& call) {
+void multiply_quantized(const PanelCall& call) {
   switch (call.matrix->format) {
     case Format::q8_0: return packed_product<Q8_0>(call);
     case Format::q4_0: return packed_product<Q4_0>(call);
@@ -222,7 +222,7 @@ void multiply_packed(const PanelCall& call) {
     case Format::q4_k: return packed_product<Q4_K>(call);
     case Format::q5_k: return packed_product<Q5_K>(call);
     case Format::q6_k: return packed_product<Q6_K>(call);
-    default: return;  // plain formats are linear_plain.cpp's
+    default: return;  // the others are linear_float.cpp's
   }
 }
 
