@@ -97,12 +97,25 @@ class _Cursor:
         return int(value)
 
     def text(self) -> str:
-        (length,) = _LENGTH.unpack_from(self.header, self.advance(8))
-        start = self.advance(length)
-        try:
-            return str(self.header[start : self.at], "utf-8")
-        except UnicodeDecodeError:
-            raise BadFile(f"{self.file}: the string at byte {start} of the header is not UTF-8") from None
+        return self.texts(1)[0]
+
+    def texts(self, count: int) -> list[str]:
+        """Return strings that follow each other; one call for all, for a vocabulary has hundreds of thousands."""
+        header, size, at, found = self.header, len(self.header), self.at, list[str]()
+        for _ in range(count):
+            start = at + 8
+            end = start + _LENGTH.unpack_from(header, at)[0] if start <= size else size + 1
+            if end > size:
+                self.at = at
+                self.advance(8)
+                self.advance(end - start)  # one of them refuses
+            try:
+                found.append(str(header[start:end], "utf-8"))
+            except UnicodeDecodeError:
+                raise BadFile(f"{self.file}: the string at byte {start} of the header is not UTF-8") from None
+            at = end
+        self.at = at
+        return found
 
     def name(self) -> str:
         name = self.text()
@@ -144,7 +157,7 @@ def _array(cursor: _Cursor, type_number: int, count: int, key: str) -> list[Any]
         )
     cursor.elements_left -= count
     if type_number == GGUFValueType.STRING:
-        return [cursor.text() for _ in range(count)]
+        return cursor.texts(count)
     if type_number == GGUFValueType.ARRAY:
         raise UnsupportedModel(f"{cursor.file}: key {shown(key)} is an array of arrays")
     return _scalars(cursor, type_number, count, key)

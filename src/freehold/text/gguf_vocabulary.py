@@ -114,7 +114,7 @@ def read_gguf_vocabulary(metadata: Mapping[str, Any]) -> GgufVocabulary:
         rule=RULES[pre],
         tokens=tokens,
         kinds=_kinds(metadata, len(tokens)),
-        merges=[_pair(merge) for merge in _strings(metadata, "merges", limit=MAX_MERGES)],
+        merges=_pairs(_strings(metadata, "merges", limit=MAX_MERGES)),
         bos_id=bos_id,
         eos_id=eos_id,
         end_ids=[end for end in ends if end is not None],
@@ -131,7 +131,7 @@ def _splitter(rule: SplitRule) -> pre_tokenizers.PreTokenizer:
 
 def _strings(metadata: Mapping[str, Any], name: str, *, limit: int) -> list[str]:
     values = metadata.get(PREFIX + name)
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+    if not isinstance(values, list) or not {str}.issuperset(map(type, values)):
         raise BadFile(f"{PREFIX}{name} is not a list of texts")
     if not 0 < len(values) <= limit:
         raise BadFile(f"{PREFIX}{name} has {len(values):,} entries where 1 to {limit:,} are wanted")
@@ -142,18 +142,21 @@ def _strings(metadata: Mapping[str, Any], name: str, *, limit: int) -> list[str]
 
 def _kinds(metadata: Mapping[str, Any], num_tokens: int) -> list[int]:
     kinds = metadata.get(f"{PREFIX}token_type")
-    if not isinstance(kinds, list) or not all(type(kind) is int and 0 <= kind <= 6 for kind in kinds):
+    if not isinstance(kinds, list) or not {int}.issuperset(map(type, kinds)) or not set(range(7)).issuperset(kinds):
         raise BadFile(f"{PREFIX}token_type is not a list of kinds from 0 to 6")
     if len(kinds) != num_tokens:
         raise BadFile(f"{PREFIX}token_type has {len(kinds):,} entries for {num_tokens:,} tokens")
     return kinds
 
 
-def _pair(merge: str) -> tuple[str, str]:
-    left, space, right = merge.partition(" ")
-    if not left or not space or not right or " " in right:
-        raise BadFile(f"{PREFIX}merges holds {merge[:60]!r} where two tokens with one space between are wanted")
-    return left, right
+def _pairs(merges: list[str]) -> list[tuple[str, str]]:
+    pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
+    for pair in pairs:
+        if len(pair) != 2 or "" in pair:
+            raise BadFile(
+                f"{PREFIX}merges holds {' '.join(pair)[:60]!r} where two tokens with one space between are wanted"
+            )
+    return pairs
 
 
 def _token_id(metadata: Mapping[str, Any], name: str, num_tokens: int) -> int | None:

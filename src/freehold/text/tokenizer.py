@@ -35,14 +35,23 @@ BYTE_OF = _byte_alphabet()
 class Tokenizer:
     """A byte-level BPE tokenizer. Ids are those of the model's own tokenizer in transformers."""
 
-    def __init__(self, core: Core, *, bos_id: int | None, eos_id: int | None, stop_ids: frozenset[int], adds_bos: bool):
+    def __init__(
+        self,
+        core: Core,
+        *,
+        vocab_size: int,
+        bos_id: int | None,
+        eos_id: int | None,
+        stop_ids: frozenset[int],
+        adds_bos: bool,
+    ):
         self._core = core
         self._added: dict[int, AddedToken] = core.get_added_tokens_decoder()
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.stop_ids = stop_ids
         self.adds_bos = adds_bos
-        self.vocab_size = 1 + max(core.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.vocab_size = vocab_size  # one more than the largest id
 
     @classmethod
     def from_files(cls, folder: Path) -> "Tokenizer":
@@ -65,6 +74,7 @@ class Tokenizer:
         eos_id = _id_of(core, config, "eos_token")
         return cls(
             core,
+            vocab_size=1 + max(core.get_vocab(with_added_tokens=True).values(), default=-1),
             bos_id=bos_id,
             eos_id=eos_id,
             stop_ids=_stop_ids(core, eos_id, generation.get("eos_token_id")),
@@ -81,6 +91,7 @@ class Tokenizer:
         core = vocabulary.make_core()
         return cls(
             core,
+            vocab_size=len(vocabulary.tokens),
             bos_id=vocabulary.bos_id,
             eos_id=vocabulary.eos_id,
             stop_ids=_turn_ends(core) | set(vocabulary.end_ids),
