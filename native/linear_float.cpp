@@ -17,7 +17,7 @@ namespace freehold::FREEHOLD_FORM {
 namespace {
 
 constexpr std::size_t BLOCK = 256;
-constexpr int ROWS_AT_ONCE = 6;
+constexpr std::size_t ROWS_AT_ONCE = 6;
 constexpr std::size_t FEW_ROWS = 2 * ROWS_AT_ONCE;  // that meet bfloat16 panels as they lie; more want them widened once
 
 // Turns `num_rows` (at most sixteen) rows of `width` columns into `to` [width, 16]; absent rows become zeros.
@@ -61,11 +61,12 @@ inline void add_block(const Element* block, std::size_t width, const float* cons
 // Columns k to k + width of all rows with one block.
 template <typename Element>
 inline void add_rows(const PanelCall& call, const Element* block, std::size_t k, std::size_t width) {
-  for (std::size_t m = 0; m < call.num_rows; m += ROWS_AT_ONCE) {
-    const std::size_t count = call.num_rows - m < ROWS_AT_ONCE ? call.num_rows - m : ROWS_AT_ONCE;
+  const std::size_t height = tile_height(call.num_rows, ROWS_AT_ONCE);
+  for (std::size_t m = 0; m < call.num_rows; m += height) {
+    const std::size_t count = call.num_rows - m < height ? call.num_rows - m : height;
     const float* row[ROWS_AT_ONCE];
     for (std::size_t i = 0; i < count; ++i) row[i] = static_cast<const float*>(call.rows[m + i]) + k;
-    add_block<ROWS_AT_ONCE>(block, width, row, count, call.out + m * call.stride, call.stride, k == 0);
+    add_block<static_cast<int>(ROWS_AT_ONCE)>(block, width, row, count, call.out + m * call.stride, call.stride, k == 0);
   }
 }
 

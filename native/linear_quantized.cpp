@@ -182,8 +182,7 @@ void many_rows(const PanelCall& call, const std::uint8_t* panel, std::size_t num
   constexpr bool unpacks = Format::bits != 8;
   using Met = std::conditional_t<unpacks, Unpacked<Format>, Format>;
   const std::size_t most = (unpacks && call.num_rows <= SMALL_BLOCK_ROWS ? SMALL_BLOCK_GROUPS : BLOCK_GROUPS) / groups;
-  const std::size_t num_tiles = (call.num_rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
-  const std::size_t height = (call.num_rows + num_tiles - 1) / num_tiles;  // of nearly equal tiles: 8 rows are 4 and 4
+  const std::size_t height = tile_height(call.num_rows, ROWS_AT_ONCE);
   alignas(64) std::uint8_t unpacked[unpacks ? BLOCK_GROUPS * Met::group_bytes : 1];
   for (std::size_t s = 0; s < num_supers; s += most) {
     const std::size_t here = s + most < num_supers ? most : num_supers - s;
