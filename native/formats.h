@@ -1,4 +1,4 @@
-// The packed formats: how sixteen rows of a block format lie side by side, and how a kernel reads them.
+// The quantized formats in panels: how sixteen rows of a block format lie side by side, and how a kernel reads them.
 //
 // A panel is a row of super-groups, each of `groups` groups of thirty-two columns:
 //

@@ -23,7 +23,7 @@ struct Matrix {
   Format format = Format::float32;
   const std::uint8_t* data = nullptr;  // null: there is no such matrix
   std::size_t num_rows = 0;            // N, outputs
-  std::size_t num_columns = 0;         // K, inputs; whole groups (or super-blocks) where packed
+  std::size_t num_columns = 0;         // K, inputs; whole groups (or super-blocks) where quantized
 
   explicit operator bool() const { return data != nullptr; }
   bool is_quantized() const { return freehold::is_quantized(format); }

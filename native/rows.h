@@ -30,7 +30,7 @@ inline void quantize_group(F32 first, F32 second, RowGroup* to) {
   to->first_half = first_half;
 }
 
-// Columns that are no whole number of groups never meet packed weights, so only whole groups are quantized.
+// Columns that are no whole number of groups never meet quantized weights, so only whole groups are quantized.
 inline void quantize_row(const float* row, std::size_t width, RowGroup* to) {
   for (std::size_t g = 0; g < width / GROUP; ++g)
     quantize_group(load(row + g * GROUP), load(row + g * GROUP + LANES), to + g);
