@@ -5,6 +5,7 @@ import importlib.util
 import os
 import pkgutil
 import random
+import signal
 import sys
 
 # Threads that wait should sleep: where another process is busy, spinning ones make these small models ten times slower.
@@ -19,6 +20,9 @@ import freehold.ops
 from shapes import check_shapes
 
 torch.set_num_threads(2)
+
+# A shell starts what it puts in the background with Ctrl-C ignored, and commands under test would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Kernels of another build than the installed one: with other forms (ops/test_avx512_emulated.py), or sanitizers.
 if kernels := os.environ.get("FREEHOLD_TEST_KERNELS"):
