@@ -14,7 +14,7 @@ from freehold.checkpoint.load import default_dtype, load_decoder, open_described
 from freehold.engine.generate import Continuation
 from freehold.models.decoder import Decoder
 from freehold.models.layout import Capacity, Layout, States
-from freehold.ops.sampling import likeliest
+from freehold.ops.sampling import Drawing, sample_rows
 
 PAGE_SIZE = 256  # tokens
 
@@ -52,10 +52,10 @@ class FreeholdEngine:
     def decode(self, prompt: Prompt, num_steps: int) -> float:
         """Return the seconds of so many steps of one sequence."""
         continuation = Continuation(self._decoder, room_tokens=_rounded_up(len(prompt) + num_steps))
-        token = int(likeliest(continuation.read(prompt)[None]))
+        (token,) = _likeliest(continuation.read(prompt)[None])
         start = time.perf_counter()
         for _ in range(num_steps):
-            token = int(likeliest(continuation.read([token])[None]))
+            (token,) = _likeliest(continuation.read([token])[None])
         return time.perf_counter() - start
 
     @torch.inference_mode()
@@ -66,19 +66,23 @@ class FreeholdEngine:
         capacity = Capacity(num_slots=len(prompts), num_pages=len(prompts) * pages_each, page_size=PAGE_SIZE)
         states = self._decoder.allocate_states(capacity)
         contexts = [0] * len(prompts)
-        tokens_B = self._step(prompts, contexts, pages, states)
+        tokens = self._step(prompts, contexts, pages, states)
         start = time.perf_counter()
         for _ in range(num_steps):
-            tokens_B = self._step([[token] for token in tokens_B.tolist()], contexts, pages, states)
+            tokens = self._step([[token] for token in tokens], contexts, pages, states)
         return time.perf_counter() - start
 
-    def _step(self, new: list[Prompt], contexts: list[int], pages: list[range], states: States) -> Tensor:
-        """Return the likeliest next token of each sequence, [B]. Mutates: contexts and states."""
+    def _step(self, new: list[Prompt], contexts: list[int], pages: list[range], states: States) -> list[int]:
+        """Return the likeliest next token of each sequence. Mutates: contexts and states."""
         lengths = [len(tokens) for tokens in new]
         layout = Layout.step(lengths, contexts, slots=range(len(new)), pages=pages, page_size=PAGE_SIZE)
         tokens_T = torch.tensor([token for tokens in new for token in tokens])
         contexts[:] = layout.ends
-        return likeliest(self._decoder.predict(tokens_T, layout, states))
+        return _likeliest(self._decoder.predict(tokens_T, layout, states))
+
+
+def _likeliest(logits_BV: Tensor) -> list[int]:
+    return sample_rows(list(logits_BV), [Drawing()] * len(logits_BV))
 
 
 def _rounded_up(num_tokens: int) -> int:

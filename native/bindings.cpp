@@ -67,9 +67,17 @@ void call_linear(const Kernels& form, int num_threads, Address out, Address rows
   form.linear(call, num_threads);
 }
 
-void call_largest(const Kernels& form, Address rows, std::size_t num_rows, std::size_t width, Address places) {
+// Of each row: where its logits are, four numbers (temperature, top_p, min_p, uniform), and top_k.
+void call_sample(const Kernels& form, int num_threads, Address logits, Address numbers, Address top_k,
+                 std::size_t num_rows, std::size_t width, Address tokens) {
   nb::gil_scoped_release unlocked;
-  form.largest(at<const float>(rows), num_rows, width, at<std::int64_t>(places));
+  std::vector<Draw> draws(num_rows);
+  for (std::size_t m = 0; m < num_rows; ++m) {
+    const double* number = at<const double>(numbers) + 4 * m;
+    draws[m] = {at<const float>(at<const Address>(logits)[m]), number[0], number[1], number[2], number[3],
+                at<const std::int64_t>(top_k)[m]};
+  }
+  form.sample(draws.data(), num_rows, width, at<std::int64_t>(tokens), num_threads);
 }
 
 double call_multiply_in_registers(const Kernels& form, int num_threads, Arithmetic arithmetic, std::size_t num_rounds) {
@@ -245,7 +253,7 @@ NB_MODULE(_kernels, module) {
       .def_prop_ro("name", [](const Kernels& form) { return std::string(form.form); })
       .def("rms_norm", &call_rms_norm)
       .def("linear", &call_linear)
-      .def("largest", &call_largest)
+      .def("sample", &call_sample)
       .def("multiply_in_registers", &call_multiply_in_registers)
       .def("read_memory", &call_read_memory);
   module.def("forms", &forms, nb::rv_policy::reference);

@@ -79,40 +79,10 @@ void linear(const Linear& call, int num_threads) {
   });
 }
 
-// Lanes carry the largest so far and where it was, as a float: exact below 2**24, far beyond any vocabulary.
-std::int64_t place_of_largest(const float* row, std::size_t width) {
-  F32 most = splat(-__builtin_inff()), places = splat(0.0f);
-  std::size_t i = 0;
-  for (; i + LANES <= width; i += LANES) {
-    const F32 values = load(row + i);
-    places = where_less(most, values, splat(static_cast<float>(i)), places);
-    most = where_less(most, values, values, most);
-    if (has_nan(values)) break;
-  }
-  float lanes[LANES], starts[LANES];
-  store(lanes, most);
-  store(starts, places);
-  std::size_t best = static_cast<std::size_t>(starts[0]);
-  for (std::size_t lane = 1; lane < LANES && lane < width; ++lane) {
-    const std::size_t place = static_cast<std::size_t>(starts[lane]) + lane;
-    if (row[place] > row[best] || (row[place] == row[best] && place < best)) best = place;
-  }
-  for (; i < width; ++i)
-    if (!(row[i] <= row[best])) {
-      best = i;
-      if (row[i] != row[i]) break;
-    }
-  return static_cast<std::int64_t>(best);
-}
-
-void largest(const float* rows, std::size_t num_rows, std::size_t width, std::int64_t* places) {
-  for (std::size_t m = 0; m < num_rows; ++m) places[m] = place_of_largest(rows + m * width, width);
-}
-
 }  // namespace
 
 const Kernels& kernels() {
-  static const Kernels mine{FREEHOLD_QUOTED(FREEHOLD_FORM), rms_norm, embed, linear, largest,
+  static const Kernels mine{FREEHOLD_QUOTED(FREEHOLD_FORM), rms_norm, embed, linear, sample,
                             mlp, attention_mixer, mamba2_mixer, moe,
                             multiply_in_registers, read_memory};
   return mine;

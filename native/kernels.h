@@ -3,6 +3,7 @@
 
 #include "mixers.h"
 #include "peaks.h"
+#include "sampling.h"
 
 namespace freehold {
 
@@ -11,8 +12,7 @@ struct Kernels {
   void (*rms_norm)(const Residual& from, void* out);  // which may be where it comes from
   void (*embed)(const Matrix& table, const std::int64_t* tokens, const Residual& to, int num_threads);
   void (*linear)(const Linear&, int num_threads);
-  // The place of each row's largest value, of equals the first; a NaN counts as larger than any number.
-  void (*largest)(const float* rows, std::size_t num_rows, std::size_t width, std::int64_t* places);
+  void (*sample)(const Draw* draws, std::size_t num_rows, std::size_t width, std::int64_t* tokens, int num_threads);
   void (*mlp)(const Mlp&, int num_threads);
   void (*attention)(AttentionMixer, int num_threads);
   void (*mamba2)(Mamba2Mixer, int num_threads);

@@ -8,7 +8,11 @@
     │   ├── BadTemplate       a chat template that fails or leaves its budget
     │   ├── BadRequest        a request that cannot be run: sampling values, messages, prompt length
     │   └── NotFound          no such file, model or catalogue name
-    └── CheckFailed           a law of the design does not hold for a model; the command line exits with 1
+    ├── CheckFailed           a law of the design does not hold for a model; the command line exits with 1
+    ├── Overloaded            the engine has as much waiting as it may have
+    ├── Draining              the engine takes nothing new, for it is about to stop
+    ├── TimedOut              a request was not done by its deadline
+    └── EngineFailed          a request failed inside the engine through no fault of its own
 
 A bug in Freehold is an `AssertionError` and never one of these.
 """
@@ -57,3 +61,19 @@ class NotFound(BadInput):
 
 class CheckFailed(FreeholdError):
     """A law of the design does not hold for a model."""
+
+
+class Overloaded(FreeholdError):
+    """The engine has as much waiting as it may have; later there is room again."""
+
+
+class Draining(FreeholdError):
+    """The engine takes nothing new, for it is about to stop."""
+
+
+class TimedOut(FreeholdError):
+    """A request was not done by its deadline."""
+
+
+class EngineFailed(FreeholdError):
+    """A request failed inside the engine through no fault of its own."""

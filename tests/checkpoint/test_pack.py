@@ -71,7 +71,8 @@ def test_a_kept_file_is_mapped_and_gives_the_same_bits(without_kept):
     keep(without_kept)
     mapped, after = loaded(without_kept)
     assert before.mapped_bytes < before.copied_bytes
-    assert (after.copied_bytes, after.mapped_bytes) == (0, before.copied_bytes + before.mapped_bytes)
+    assert after.copied_bytes + after.mapped_bytes == before.copied_bytes + before.mapped_bytes
+    assert after.copied_bytes < 0.01 * after.mapped_bytes  # what is small lies in memory in both
     assert torch.equal(logits(mapped), logits(packed))
 
 

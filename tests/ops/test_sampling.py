@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from freehold.ops.sampling import likeliest, penalize, sample, uniform_draw
+from freehold.ops.sampling import Drawing, penalize, sample, sample_rows, uniform_draw
 from models.forms import FORMS, running
 
 OPEN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -98,8 +99,30 @@ def test_the_likeliest_is_the_first_of_the_largest_and_a_nan_before_all(logits_B
         expected.append(nans[0] if nans else row.index(max(row)))
     for form in [*FORMS, "off"]:
         with running(form):
-            assert likeliest(logits_BV).tolist() == expected
-            assert likeliest(torch.cat((logits_BV, logits_BV), dim=1)[:, : logits_BV.shape[1]]).tolist() == expected
+            assert sample_rows(list(logits_BV), [Drawing()] * len(logits_BV)) == expected
+
+
+@st.composite
+def drawings(draw: st.DrawFn) -> Drawing:
+    return Drawing(
+        temperature=draw(st.sampled_from([0.0, 0.2, 0.8, 1.0, 3.0, 100.0])),
+        top_k=draw(st.sampled_from([0, 0, 1, 2, 40, 5000])),
+        top_p=draw(st.sampled_from([0.0, 0.3, 0.9, 1.0])),
+        min_p=draw(st.sampled_from([0.0, 0.05, 1.0])),
+        uniform=draw(st.floats(0, 1, exclude_max=True)),
+    )
+
+
+@given(st.lists(drawings(), min_size=1, max_size=5), st.integers(0, 2**16), st.sampled_from([1, 5, 97, 3000]))
+def test_rows_are_drawn_as_each_alone_by_the_twin(wanted, seed, width):
+    random = torch.Generator().manual_seed(seed)
+    rows = [torch.randn(width, generator=random) * scale for scale in (1, 6, 30, 1, 6)[: len(wanted)]]
+    rows[0][torch.randint(width, (width // 4,), generator=random)] = -torch.inf
+    rows[-1][: width // 2] = rows[-1][0].item()  # equal ones
+    expected = [sample(row, **asdict(drawing)) for row, drawing in zip(rows, wanted, strict=True)]
+    for form in FORMS:
+        with running(form):
+            assert sample_rows(rows, wanted) == expected
 
 
 def test_equal_logits_are_cut_from_the_highest_ids():

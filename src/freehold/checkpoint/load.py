@@ -27,6 +27,10 @@ from freehold.quantize.gguf_blocks import BLOCKS, dequantize
 # A file's pages are released after so many bytes, so that reading a tensor keeps little of the file in memory.
 READ_BYTES = 4 << 20
 
+# Beside packed weights, smaller ones are copied: to meet one page of a file may bring in two megabytes around it, and
+# the norms of a model are spread over all of its file.
+LEAST_MAPPED_BYTES = 1 << 20
+
 Progress = Callable[[int, int], None]  # bytes read so far, bytes in all
 
 
@@ -181,13 +185,13 @@ def load_decoder(
         room = iter(_packed_room(described, sizes) if keep_packed and not kept else ())
         for match in described.matches.matches:
             wanted = parameters[match.name].dtype
-            is_packed = keep_packed and is_packable(match)
+            is_packed, value_bytes = keep_packed and is_packable(match), sizes[match.name]
             value: Weight
             if is_packed and kept:
                 value, is_mapped = kept_weight(kept, match), True
             elif is_packed:
                 value, is_mapped = pack_weight(source, match, out=next(room)), False
-            elif _is_mappable(match, wanted, device):
+            elif _is_mappable(match, wanted, device) and not (keep_packed and value_bytes < LEAST_MAPPED_BYTES):
                 value, is_mapped = _map(source, match, wanted), True
             else:
                 value, is_mapped = _convert(source, match, wanted).to(device), False

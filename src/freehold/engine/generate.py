@@ -5,11 +5,11 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from freehold.engine.draw import Place, draw
 from freehold.engine.request import SamplingParams
 from freehold.errors import BadInput, BadRequest
 from freehold.models.decoder import Decoder
 from freehold.models.layout import Capacity, Layout, PagedKV, States
-from freehold.ops.sampling import likeliest, penalize, sample, uniform_draw
 
 PREFILL_TOKENS = 512  # at once: bounds the memory of a step, and how long Ctrl-C waits
 PAGE_SIZE = 256  # tokens; a sequence has twice as many pages whenever it has filled them
@@ -78,7 +78,10 @@ def generate(
     logits_V = continuation.read(prompt)
     answer: list[int] = []
     while True:
-        answer.append(_draw(logits_V[:num_ids], prompt, answer, sampling))
+        (token,) = draw([Place(logits_V=logits_V[:num_ids], prompt=prompt, answer=answer, sampling=sampling)])
+        if isinstance(token, BadInput):
+            raise token
+        answer.append(token)
         yield answer[-1]
         if answer[-1] in stops or len(answer) == num_tokens:
             return
@@ -101,28 +104,3 @@ def check_prompt(decoder: Decoder, prompt: Sequence[int], *, room_tokens: int) -
     for token in prompt:
         if type(token) is not int or not 0 <= token < vocab_size:
             raise BadRequest(f"the prompt has the id {token!r:.60}, wanted are integers from 0 to {vocab_size - 1}")
-
-
-@torch.inference_mode()
-def _draw(logits_V: Tensor, prompt: Sequence[int], answer: Sequence[int], sampling: SamplingParams) -> int:
-    if logits_V[likeliest(logits_V[None])].isnan():
-        raise BadInput("the model computed no number", hint="`freehold check` names weights that are NaN or infinite")
-    if sampling.penalizes:
-        written = torch.tensor(answer, dtype=torch.int64, device=logits_V.device)
-        seen = [token for token in {*prompt, *answer} if token < len(logits_V)]
-        logits_V = penalize(
-            logits_V,
-            seen=torch.tensor(seen, dtype=torch.int64, device=logits_V.device),
-            generated_counts_V=torch.bincount(written, minlength=len(logits_V)),
-            repetition=sampling.repetition_penalty,
-            presence=sampling.presence_penalty,
-            frequency=sampling.frequency_penalty,
-        )
-    return sample(
-        logits_V,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        uniform=uniform_draw(sampling.seed, len(answer)),
-    )

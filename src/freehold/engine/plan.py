@@ -10,6 +10,8 @@ import torch
 
 from freehold.checkpoint.load import Described
 from freehold.checkpoint.pack import is_packable, is_quantized, packed_size
+from freehold.engine.scheduler import Limits
+from freehold.errors import BadInput
 from freehold.models.decoder import Decoder, build_decoder
 from freehold.models.layout import kv_bytes_per_token, recurrent_bytes_per_sequence
 from freehold.models.spec import AttentionSpec, DecoderSpec, Mamba2Spec, MoeSpec
@@ -17,6 +19,7 @@ from freehold.models.spec import AttentionSpec, DecoderSpec, Mamba2Spec, MoeSpec
 # For the interpreter with torch (about 0.4 GB), and what a step of some hundred tokens works on.
 RESERVED_BYTES = 1 << 30
 FIRST_CONTEXT = 2048
+SERVED_PAGE_TOKENS = 64  # small, so that a short request takes little; the kernels' bits do not depend on it
 
 # In the order of a forward. A tied head is part of the embeddings.
 PARTS = ("embeddings", "attention", "mamba", "mlp", "routed experts", "shared experts, router", "norms", "head", "mtp")
@@ -150,3 +153,83 @@ def contexts_up_to(max_positions: int) -> list[int]:
         contexts.append(context)
         context *= 2
     return [*contexts, max_positions]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingPlan:
+    """How a memory is divided between weights, states and what a step works on, before any of it is taken.
+
+    notes: what was asked for and cannot be, each with the option that would change it.
+    """
+
+    limits: Limits
+    kv_dtype: torch.dtype
+    weight_bytes: int
+    recurrent_bytes: int
+    kv_bytes: int
+    reserved_bytes: int
+    notes: tuple[str, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.recurrent_bytes + self.kv_bytes + self.reserved_bytes
+
+
+def serving_plan(
+    spec: DecoderSpec,
+    *,
+    weight_bytes: int,
+    dtype: torch.dtype,
+    memory_bytes: int,
+    num_sequences: int = 64,
+    context: int | None = None,
+    kv_dtype: torch.dtype | None = None,
+    budget_tokens: int = 512,
+) -> ServingPlan:
+    """Return the plan for a memory: `num_sequences` at once, and pages for that many of `context` tokens if they fit.
+
+    Recurrent states come first, for a sequence cannot do with less of them, and take at most half of what is left
+    beside the weights; pages take the rest, for sequences share them.
+    weight_bytes: what the loaded weights take. context: None for the model's own. kv_dtype: of keys and values, None
+        for `dtype`, which is the model's.
+    Raises: BadInput where not even one page fits.
+    """
+    kv_dtype = kv_dtype or dtype
+    free = memory_bytes - weight_bytes - RESERVED_BYTES
+    slot_bytes = recurrent_bytes_per_sequence(spec.blocks, dtype)
+    num_slots = min(num_sequences, free // 2 // slot_bytes) if slot_bytes else num_sequences
+    page_bytes = SERVED_PAGE_TOKENS * kv_bytes_per_token(spec.blocks, kv_dtype)
+    context = min(context or spec.max_positions, spec.max_positions)
+    wanted = num_sequences * -(-context // SERVED_PAGE_TOKENS)
+    num_pages = min(wanted, (free - num_slots * slot_bytes) // page_bytes) if page_bytes else wanted
+    if num_slots < 1 or num_pages < 1:
+        raise BadInput(
+            f"{memory_bytes / 1e9:.1f} GB of memory hold the weights ({weight_bytes / 1e9:.1f} GB) and "
+            f"{RESERVED_BYTES / 1e9:.1f} GB to work in, but no states beside them",
+            hint="give it more with --memory, or take a smaller model",
+        )
+    longest = min(context, num_pages * SERVED_PAGE_TOKENS)
+    notes = []
+    if num_slots < num_sequences:
+        notes.append(f"{num_slots} sequences at once, not {num_sequences}, for their states: --memory")
+    if longest < context:
+        notes.append(f"a context of {longest} tokens, not {context}, for keys and values: --memory, --kv-dtype int8")
+    elif num_pages < wanted:
+        full = num_pages * SERVED_PAGE_TOKENS // context
+        notes.append(f"keys and values of {full} full contexts, not {num_sequences}; those who wait, wait: --memory")
+    limits = Limits(
+        num_slots=num_slots,
+        num_pages=num_pages,
+        page_size=SERVED_PAGE_TOKENS,
+        budget_tokens=budget_tokens,
+        max_positions=longest,
+    )
+    return ServingPlan(
+        limits=limits,
+        kv_dtype=kv_dtype,
+        weight_bytes=weight_bytes,
+        recurrent_bytes=num_slots * slot_bytes,
+        kv_bytes=num_pages * page_bytes,
+        reserved_bytes=RESERVED_BYTES,
+        notes=tuple(notes),
+    )

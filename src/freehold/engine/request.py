@@ -1,7 +1,9 @@
-"""What a request asks for. No torch: these are values, checked once when they are made."""
+"""What a request asks for, and the events that answer it. No torch: values, checked once when they are made."""
 
-from collections.abc import Set
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+from typing import Literal
 
 from freehold.errors import BadRequest
 
@@ -26,7 +28,7 @@ class SamplingParams:
     max_tokens: the longest answer; None is up to the model's context. seed: with the token's place in the answer, all
     that decides a draw. top_k, top_p, min_p: 0, 1 and 0 keep every token. repetition_penalty concerns prompt and
     answer, presence_penalty and frequency_penalty the answer. stop: strings that end the answer and are no part of it.
-    stop_ids: ids that end it, beside the model's own.
+    stop_ids: ids that end it, beside the model's own. logit_bias: what is added to the logits of some ids.
     """
 
     max_tokens: int | None = None
@@ -40,6 +42,7 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     stop_ids: frozenset[int] = frozenset()
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, (low, high) in LIMITS.items():
@@ -56,7 +59,87 @@ class SamplingParams:
             raise BadRequest("a stop string is empty: every answer would end at once")
         if not isinstance(self.stop_ids, Set) or not all(type(stop_id) is int for stop_id in self.stop_ids):
             raise BadRequest(f"stop_ids is {self.stop_ids!r:.60}, wanted a set of ids")
+        for token, bias in self.logit_bias.items():
+            if type(token) is not int or not math.isfinite(bias):
+                raise BadRequest(f"logit_bias has {token!r:.30}: {bias!r:.30}, wanted are ids with finite numbers")
 
     @property
     def penalizes(self) -> bool:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReasoningBudget:
+    """How many tokens an answer may reason before it has to answer.
+
+    After num_tokens of reasoning the next newline closes it, after grace_tokens more it is closed where it stands, and
+    in any case so early that answer_tokens of max_tokens are left. What follows the closing mark is not a stop id at
+    once, so no answer is empty.
+
+    open_ids, close_ids: the marks as ids. newline_ids: ids whose text ends with a newline. is_open: whether the prompt
+        has opened the reasoning already.
+    """
+
+    num_tokens: int
+    open_ids: tuple[int, ...]
+    close_ids: tuple[int, ...]
+    newline_ids: frozenset[int]
+    is_open: bool
+    grace_tokens: int = 64
+    answer_tokens: int = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt and what is wanted of it.
+
+    prompt, stop_ids: ids; the latter are the tokenizer's own, which end an answer. tenant, weight: whose share of the
+    machine it takes, and how large that is beside others'. priority: of waiting requests the highest runs first.
+    deadline_s: seconds from submission until it has to be done. num_logprobs: None for no scores, else how many of the
+    likeliest are scored beside the token itself; scores_prompt: whether the prompt's tokens are scored too.
+    embeds: no answer is wanted, but the mean of the prompt's hidden states, normalised.
+    """
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop_ids: frozenset[int] = frozenset()
+    tenant: str = ""
+    weight: float = 1.0
+    priority: int = 0
+    deadline_s: float | None = None
+    num_logprobs: int | None = None
+    scores_prompt: bool = False
+    embeds: bool = False
+    reasoning: ReasoningBudget | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A token's natural log-probability before penalties, filters and temperature, and those of the likeliest ids."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finish:
+    """How a request ended: a stop id or max_tokens, or what kept it from that, with a line that says why."""
+
+    reason: Literal["stop", "length", "cancelled", "deadline", "failed"]
+    message: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What happened to a request. The last event, and no other, has a finish.
+
+    tokens: further ids of the answer, a stop id included. scores: one for each token, where they are wanted.
+    prompt_scores: once, the first token's is None. embedding: once.
+    """
+
+    tokens: tuple[int, ...] = ()
+    scores: tuple[Score, ...] = ()
+    prompt_scores: tuple[Score | None, ...] = ()
+    embedding: tuple[float, ...] = ()
+    finish: Finish | None = None

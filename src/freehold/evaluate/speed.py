@@ -27,7 +27,7 @@ from freehold.models.layout import (
     recurrent_bytes_per_sequence,
 )
 from freehold.ops.native import kernels
-from freehold.ops.sampling import likeliest
+from freehold.ops.sampling import Drawing, sample_rows
 
 DEFAULT_PROMPTS = (128, 512)
 DEFAULT_DEPTHS = (0, 512, 2048)
@@ -285,7 +285,7 @@ class Sequences:
             lengths = [len(part_T)] if case.prompt else [1] * case.batch
             logits_BV = decoder.predict(part_T, self._layout(lengths, context), self._states)
             context += len(part_T)
-        found: list[int] = likeliest(logits_BV).tolist()
+        found = sample_rows(list(logits_BV), [Drawing()] * len(logits_BV))
         return found
 
     def _layout(self, lengths: Sequence[int], context: int) -> Layout:

@@ -1,6 +1,9 @@
 """From logits to one token: penalties, filters, and a draw that the seed alone decides."""
 
 import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -30,10 +33,11 @@ def sample(logits_V: Tensor, *, temperature: float, top_k: int, top_p: float, mi
     then those with at least min_p times the largest probability. At temperature 0 it is the largest logit, and of equal
     ones the lowest id.
     Precision: float64 for the probabilities and their running sum, so that the draw is exact to the last id.
+    This is the specification; `sample_rows` is what runs.
     Paper: top-p: Holtzman et al., 2019, arXiv 1904.09751; min-p: Nguyen et al., 2024, arXiv 2407.01082.
     """
     if temperature == 0:
-        return int(likeliest(logits_V[None]))
+        return int(logits_V.argmax())
     values, ids = logits_V.double().sort(descending=True, stable=True)
     if top_k:
         values, ids = values[:top_k], ids[:top_k]
@@ -46,15 +50,41 @@ def sample(logits_V: Tensor, *, temperature: float, top_k: int, top_p: float, mi
     return int(ids[min(index, int(kept.sum()) - 1)])
 
 
-def likeliest(logits_BV: Tensor) -> Tensor:
-    """Return the place of each row's largest logit, int64 [B]: of equal ones the lowest id, and of a NaN its place."""
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How a row is drawn from; see `sample`."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    uniform: float = 0.0
+
+
+def sample_rows(rows: Sequence[Tensor], drawings: Sequence[Drawing]) -> list[int]:
+    """Return what `sample` gives for each row of logits [V], all of one length; of a row with a NaN, its place."""
     form = kernels()
-    if form is None or not (logits_BV.is_cpu and logits_BV.dtype is torch.float32 and logits_BV.stride(-1) == 1):
-        return logits_BV.argmax(dim=-1)
-    rows_BV = logits_BV.contiguous()
-    places_B = torch.empty(len(rows_BV), dtype=torch.int64)
-    form.largest(rows_BV.data_ptr(), *rows_BV.shape, places_B.data_ptr())
-    return places_B
+    if form is None or not all(row.is_cpu and row.dtype is torch.float32 and row.is_contiguous() for row in rows):
+        return [_sampled(row, drawing) for row, drawing in zip(rows, drawings, strict=True)]
+    width = len(rows[0])
+    assert all(row.shape == (width,) for row in rows), "rows of one length are drawn from at once"
+    addresses = array("Q", (row.data_ptr() for row in rows))
+    numbers = array("d", (number for d in drawings for number in (d.temperature, d.top_p, d.min_p, d.uniform)))
+    top_k = array("q", (drawing.top_k for drawing in drawings))
+    tokens = array("q", bytes(8 * len(rows)))
+    form.sample(
+        torch.get_num_threads(),
+        *(values.buffer_info()[0] for values in (addresses, numbers, top_k)),
+        len(rows),
+        width,
+        tokens.buffer_info()[0],
+    )
+    return tokens.tolist()
+
+
+def _sampled(logits_V: Tensor, drawing: Drawing) -> int:
+    likeliest = int(logits_V.argmax())
+    return likeliest if logits_V[likeliest].isnan() else sample(logits_V, **asdict(drawing))
 
 
 def uniform_draw(seed: int, index: int) -> float:

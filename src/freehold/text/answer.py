@@ -69,6 +69,11 @@ class AnswerParser:
         self._call_head = ""  # what to show before the body of a call that cannot be read
         self._call_parts: list[str] = []
 
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether what comes next is reasoning, as far as is known."""
+        return self._mode == self._in_reasoning
+
     def feed(self, text: str) -> list[Piece]:
         """Return what this text completes."""
         pieces: list[Piece] = []
