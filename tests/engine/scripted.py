@@ -29,18 +29,18 @@ class ScriptedDecoder:
         self.spec = spec or tiny_spec(LLAMA)
         self.num_read = 0
         self._script, self._say = list(script), say
-        self._prompt_length = 0
+        self._prompt_ends: dict[int, int] = {}  # by slot
 
-    def allocate_states(self, capacity: Capacity) -> list[State]:
+    def allocate_states(self, capacity: Capacity, *, kv_dtype: torch.dtype | None = None) -> list[State]:
         return []
 
     def predict(self, tokens_T: Tensor, layout: Layout, states: Sequence[State] | None = None) -> Tensor:
         self.num_read += layout.num_tokens
-        if layout.contexts[0] == 0 or layout.num_tokens > 1:
-            self._prompt_length = layout.ends[0]
         logits_BV = torch.zeros(layout.num_sequences, self.spec.vocab_size)
-        for row_V, end in zip(logits_BV, layout.ends, strict=True):
-            index = max(0, end - self._prompt_length)
+        for row_V, slot, context, end in zip(logits_BV, layout.slots, layout.contexts, layout.ends, strict=True):
+            if context == 0 or end - context > 1:
+                self._prompt_ends[slot] = end
+            index = end - self._prompt_ends[slot]
             row_V[self._script[min(index, len(self._script) - 1)]] = 50.0
             self._say(row_V)
         return logits_BV
