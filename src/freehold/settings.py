@@ -17,10 +17,12 @@ class Settings:
     models_dir: where `freehold fetch` puts models and where catalogue names are looked up (FREEHOLD_MODELS).
     native: which form of the native kernels runs: the best for this machine, one by name, or none, which leaves the
         torch references (FREEHOLD_NATIVE). A form that this machine does not run is none.
+    database_url: where API keys and their usage are kept (FREEHOLD_DATABASE); without it, a file of this user.
     """
 
     models_dir: Path = field(default_factory=lambda: _models_dir())
     native: NativeMode = field(default_factory=lambda: _native_mode())
+    database_url: str = field(default_factory=lambda: _database_url())
 
 
 def let_torch_threads_sleep() -> None:
@@ -44,3 +46,11 @@ def _native_mode() -> NativeMode:
     if mode not in get_args(NativeMode):
         raise BadInput(f"FREEHOLD_NATIVE is {mode!r}", hint=f"use one of {', '.join(get_args(NativeMode))}")
     return cast(NativeMode, mode)
+
+
+def _database_url() -> str:
+    if chosen := os.environ.get("FREEHOLD_DATABASE"):
+        return chosen
+    # Not beside the models, which lie in a cache that anybody may empty.
+    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return f"sqlite:///{Path(data).expanduser().absolute() / 'freehold' / 'freehold.db'}"

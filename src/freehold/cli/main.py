@@ -19,9 +19,11 @@ from freehold.cli.check import check
 from freehold.cli.convert import convert
 from freehold.cli.fetch import fetch
 from freehold.cli.inspect import inspect
+from freehold.cli.keys import app as keys
 from freehold.cli.pack import pack
 from freehold.cli.report import exit_code_of
 from freehold.cli.run import run
+from freehold.cli.serve import serve
 from freehold.cli.terminal import show_line
 
 TERMINATED = 128 + signal.SIGTERM
@@ -33,8 +35,9 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
 )
-for command in (run, chat, fetch, inspect, convert, pack, check, bench):
+for command in (run, chat, serve, fetch, inspect, convert, pack, check, bench):
     app.command()(command)
+app.add_typer(keys)
 
 
 @app.callback(invoke_without_command=True)

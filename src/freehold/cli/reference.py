@@ -25,6 +25,9 @@ def render() -> str:
     for name, command in group.commands.items():
         context = typer.Context(command, info_name=name, parent=top, terminal_width=WIDTH)
         sections.append(_section(f"freehold {name}", context))
+        for inner, subcommand in getattr(command, "commands", {}).items():
+            below = typer.Context(subcommand, info_name=inner, parent=context, terminal_width=WIDTH)
+            sections.append(_section(f"freehold {name} {inner}", below))
     return "\n".join([HEAD, *sections])
 
 

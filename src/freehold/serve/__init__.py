@@ -1,0 +1,1 @@
+"""The HTTP server: dialects of one API over one engine. Nothing here prints, or opens a connection."""

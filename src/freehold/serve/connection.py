@@ -1,0 +1,122 @@
+"""HTTP connections that do not wait for ever, and the options of uvicorn that go with them.
+
+uvicorn gives a client all the time in the world for the head of a request, and for the rest of a body that was refused
+unread. Here both have a deadline. Bodies that are read have theirs in limits.py.
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable, Mapping
+from types import FrameType, MappingProxyType
+from typing import Any, ClassVar
+
+import h11
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from freehold.engine.engine import Engine
+
+
+class Connection(H11Protocol):
+    """A connection that is cut when its client takes too long.
+
+    head_s: from the connection, or the first byte of a further request, to the end of the headers. discard_s: from an
+    answer that did not wait for the body to the end of that body.
+    """
+
+    head_s: ClassVar[float] = 10.0
+    discard_s: ClassVar[float] = 10.0
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Take what came."""
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        """Go on after an answer."""
+        super().on_response_complete()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End."""
+        self._stop_watch()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        """Keep a deadline while all waits for the client; more bytes do not move it."""
+        limit_s = self._limit_s()
+        if limit_s is None or self.transport.is_closing():
+            self._stop_watch()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(limit_s, self.transport.abort)
+
+    def _limit_s(self) -> float | None:
+        theirs, ours = self.conn.their_state, self.conn.our_state
+        if theirs is h11.IDLE:
+            is_first = self.cycle is None
+            return self.head_s if is_first or self.conn.trailing_data[0] else None
+        return self.discard_s if theirs is h11.SEND_BODY and ours is h11.DONE else None
+
+    def _stop_watch(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+# For uvicorn.Config. No websockets, nothing believed that a proxy's headers say, heads of requests bounded.
+UVICORN_OPTIONS: Mapping[str, Any] = MappingProxyType(
+    {
+        "http": Connection,
+        "ws": "none",
+        "proxy_headers": False,
+        "server_header": False,
+        "h11_max_incomplete_event_size": 32 * 2**10,
+        "timeout_keep_alive": 30,
+        "limit_concurrency": 1024,
+        "backlog": 1024,
+    }
+)
+
+
+class StoppableServer(uvicorn.Server):
+    """A server that does something else first when it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, stop: Callable[[], None]):
+        super().__init__(config)
+        self._stop = stop
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to stop, on SIGTERM or Ctrl-C."""
+        self._stop()
+
+
+async def serve_until_stopped(app: ASGIApp, engine: Engine, listening: socket.socket, *, drain_s: float) -> None:
+    """Serve until a signal comes; then take nothing new in, let what runs end within `drain_s`, and cut the rest.
+
+    A second signal cuts at once.
+    """
+    loop = asyncio.get_running_loop()
+    ending: list[asyncio.Future[bool]] = []
+
+    def end(_: object = None) -> None:
+        engine.close()
+        server.should_exit = True
+
+    def begin_to_end() -> None:
+        if ending:
+            end()
+        else:
+            ending.append(loop.run_in_executor(None, engine.drain, drain_s))
+            ending[0].add_done_callback(end)
+
+    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", **UVICORN_OPTIONS)
+    server = StoppableServer(config, stop=lambda: loop.call_soon_threadsafe(begin_to_end))  # type: ignore[arg-type]
+    await server.serve([listening])

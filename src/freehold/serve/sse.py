@@ -1,0 +1,190 @@
+"""How answers reach a client, and what happens when it goes away: its request ends at once.
+
+Belongs here: streams of server-sent events, and whole answers that are waited for. Not here: what is in them.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from freehold.errors import FreeholdError
+from freehold.serve.configuration import ServeSettings
+from freehold.serve.errors import error_body, failure_of, request_id_of
+
+logger = logging.getLogger(__name__)
+
+DONE = "data: [DONE]\n\n"
+KEEP_ALIVE = ": keep-alive\n\n"
+
+Result = TypeVar("Result")
+
+
+def data_line(value: Any) -> str:
+    """Return a value as an event without a name."""
+    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'), allow_nan=False)}\n\n"
+
+
+def event_line(name: str, value: Any) -> str:
+    """Return a value as an event with a name."""
+    return f"event: {name}\n{data_line(value)}"
+
+
+class EventStream(Response):
+    """A response of events. They are closed as soon as they are sent, or the client is gone or takes no more.
+
+    It begins with the first event, so that an error before that is a response with its own status; or with a comment,
+    where the first event is long in coming. What fails later ends the stream with an event that says so.
+
+    events: whole events, as `data_line` makes them. Closing it has to end what it stands for.
+    error_line: makes an event of the JSON of an error, in the shape of the API.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncGenerator[str, None],
+        *,
+        settings: ServeSettings,
+        error_line: Callable[[dict[str, Any]], str] = data_line,
+    ) -> None:
+        self.status_code, self.background = 200, None
+        self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
+        self._events, self._settings, self._error_line = events, settings, error_line
+        self._is_started = False
+        self._sending = asyncio.Lock()
+        self._last_sent_s = time.monotonic()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writing = asyncio.create_task(self._write(scope, send))
+        watching = [asyncio.create_task(until_gone(receive)), asyncio.create_task(self._keep_alive(send))]
+        try:
+            await asyncio.wait([writing, *watching], return_when=asyncio.FIRST_COMPLETED)
+            is_gone = not writing.done()
+        finally:
+            await _end([writing, *watching])
+            await self._events.aclose()
+        if not is_gone:
+            writing.result()
+        elif not self._is_started:
+            raise ClientDisconnect
+
+    async def _write(self, scope: Scope, send: Send) -> None:
+        try:
+            async for event in self._events:
+                await self._send(send, event)
+        except Exception as error:
+            if not self._is_started:
+                raise
+            if not isinstance(error, FreeholdError):
+                logger.exception("request %s failed in its stream", request_id_of(scope))
+            body = error_body(scope["path"], failure_of(error), request_id_of(scope))
+            await self._send(send, self._error_line(body))
+        await self._send(send, "", ends=True)
+
+    async def _send(self, send: Send, event: str, *, ends: bool = False) -> None:
+        async with self._sending:
+            if not self._is_started:
+                self._is_started = True
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": event.encode(), "more_body": not ends})
+            self._last_sent_s = time.monotonic()
+
+    async def _keep_alive(self, send: Send) -> None:
+        """Send comments while nothing else is sent; return where the client has long taken nothing."""
+        while True:
+            await asyncio.sleep(self._settings.keep_alive_s)
+            idle_s = time.monotonic() - self._last_sent_s
+            if self._sending.locked():
+                if idle_s > self._settings.stalled_s:
+                    return
+            elif idle_s >= self._settings.keep_alive_s:
+                await self._send(send, KEEP_ALIVE)
+
+
+async def until_gone(receive: Receive) -> None:
+    """Return when the client of a request, whose body has been read, is gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """Return what some work returns; it is cancelled as soon as the client is gone.
+
+    Raises: ClientDisconnect then.
+    """
+    working, gone = asyncio.create_task(work), asyncio.create_task(until_gone(request.receive))
+    try:
+        await asyncio.wait([working, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        await _end([working, gone])
+
+
+async def together(works: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """Return what several works return, done side by side. One's failure ends all."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        await _end(tasks)
+
+
+async def merged(streams: Sequence[AsyncIterator[Result]]) -> AsyncGenerator[tuple[int, Result], None]:
+    """Yield what several streams yield as it comes, each with its stream's place. One's failure ends all."""
+    if len(streams) == 1:
+        stream = streams[0]
+        try:
+            async for item in stream:
+                yield 0, item
+        finally:
+            await _close(stream)
+        return
+    queue: asyncio.Queue[tuple[int, Result] | Exception | None] = asyncio.Queue()
+    tasks = [asyncio.create_task(_put_all(index, stream, queue)) for index, stream in enumerate(streams)]
+    try:
+        num_open = len(streams)
+        while num_open:
+            got = await queue.get()
+            if isinstance(got, Exception):
+                raise got
+            if got is None:
+                num_open -= 1
+            else:
+                yield got
+    finally:
+        await _end(tasks)
+
+
+async def _put_all(
+    index: int, stream: AsyncIterator[Result], queue: asyncio.Queue[tuple[int, Result] | Exception | None]
+) -> None:
+    try:
+        async for item in stream:
+            queue.put_nowait((index, item))
+        queue.put_nowait(None)
+    except Exception as error:
+        queue.put_nowait(error)
+    finally:
+        await _close(stream)
+
+
+async def _close(stream: AsyncIterator[Any]) -> None:
+    if isinstance(stream, AsyncGenerator):
+        await stream.aclose()
+
+
+async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

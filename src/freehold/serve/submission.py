@@ -1,0 +1,76 @@
+"""A request on its way through the engine, seen from the event loop."""
+
+import asyncio
+
+from freehold.engine.engine import Engine
+from freehold.engine.request import Event, Finish, Request
+from freehold.errors import Draining, EngineFailed, TimedOut
+from freehold.serve.caller import Caller, Quotas, Reservation
+
+
+class Submission:
+    """A request in the engine, as an async context and an iterator of its events; leaving it ends the request.
+
+    num_written: tokens of the answer that were taken note of, which is what a quota is charged with.
+    Raises: EngineFailed, TimedOut, Draining while iterated, as the request's end says.
+    """
+
+    def __init__(self, engine: Engine, request: Request, caller: Caller, quotas: Quotas | None):
+        self._engine, self._request, self._caller, self._quotas = engine, request, caller, quotas
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._number: int | None = None
+        self._is_over = False
+        self._reservation: Reservation = None
+        self.num_written = 0
+
+    async def __aenter__(self) -> "Submission":
+        loop = asyncio.get_running_loop()
+
+        def listen(event: Event) -> None:  # on the engine's thread
+            loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        if self._quotas:
+            self._reservation = await self._quotas.reserve(self._caller, self._worst_case())
+        try:
+            self._number = self._engine.submit(self._request, listen)
+        except BaseException:
+            await self._settle(0)
+            raise
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        if self._number is not None and not self._is_over:
+            self._engine.cancel(self._number)
+        await asyncio.shield(self._settle(len(self._request.prompt)))
+
+    def _worst_case(self) -> int:
+        """Return the tokens that the request can take."""
+        prompt, longest = len(self._request.prompt), self._engine.limits.longest
+        answer = 0 if self._request.embeds else self._request.sampling.max_tokens or longest
+        return min(longest, prompt + answer)
+
+    async def _settle(self, prompt_tokens: int) -> None:
+        if self._quotas and self._reservation:
+            await self._quotas.settle(self._reservation, prompt_tokens, self.num_written)
+
+    def __aiter__(self) -> "Submission":
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._is_over:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        self._is_over = event.finish is not None
+        if event.finish and event.finish.reason in ("failed", "deadline", "cancelled"):
+            raise _failure(event.finish)
+        return event
+
+
+def _failure(finish: Finish) -> Exception:
+    match finish.reason:
+        case "deadline":
+            return TimedOut(f"the request was {finish.message}")
+        case "cancelled":
+            return Draining("the server stopped before the answer was done", hint="ask again in a minute")
+        case _:
+            return EngineFailed(finish.message)

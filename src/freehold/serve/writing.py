@@ -1,0 +1,75 @@
+"""An answer on its way out, for the dialects whose streams are events that tell how an answer grows.
+
+Streamed and whole are made by the same object from the same deltas, so they agree. Not here: what the events are.
+"""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from fastapi import Request
+
+from freehold.serve.answers import Answers, Delta
+from freehold.serve.configuration import ServeSettings
+from freehold.serve.errors import Refused
+from freehold.serve.sse import EventStream, event_line, merged, while_connected
+
+Event = dict[str, Any]  # its type is its name, too
+
+
+class Writing(Protocol):
+    """An answer while it is written."""
+
+    def start(self) -> list[Event]:
+        """Return the events that come before all others."""
+
+    def take(self, delta: Delta) -> list[Event]:
+        """Return the events that a delta makes."""
+
+    def answer(self) -> dict[str, Any]:
+        """Return the answer as it stands; whole after the last delta."""
+
+    def fail(self, body: dict[str, Any]) -> list[Event]:
+        """Return the events that end an answer which failed under way; body is the error as a response has it."""
+
+
+def streamed(writing: Writing, deltas: AsyncIterator[Delta], settings: ServeSettings) -> EventStream:
+    """Return an answer as a response of events."""
+
+    def error_line(body: dict[str, Any]) -> str:
+        return "".join(_line(event) for event in writing.fail(body))
+
+    return EventStream(_lines(writing, deltas), settings=settings, error_line=error_line)
+
+
+def check_model(name: str, request: Request, answers: Answers) -> None:
+    """Raises: Refused where a name is none of the model's."""
+    if name not in (answers.model_name, *request.app.state.settings.aliases):
+        raise Refused(f"no model {name!r:.60} here", param="model", code="model_not_found", status=404)
+
+
+async def whole(writing: Writing, deltas: AsyncIterator[Delta], request: Request) -> dict[str, Any]:
+    """Return an answer when it is done. Raises: ClientDisconnect where nobody waits for it any more."""
+
+    async def write() -> dict[str, Any]:
+        async with aclosing(merged([deltas])) as closed:
+            async for _, delta in closed:
+                writing.take(delta)
+        return writing.answer()
+
+    return await while_connected(request, write())
+
+
+async def _lines(writing: Writing, deltas: AsyncIterator[Delta]) -> AsyncGenerator[str, None]:
+    """Yield an answer as events. The first comes with the first delta: what fails before has a status of its own."""
+    is_started = False
+    async with aclosing(merged([deltas])) as closed:
+        async for _, delta in closed:
+            events = ([] if is_started else writing.start()) + writing.take(delta)
+            is_started = True
+            for event in events:
+                yield _line(event)
+
+
+def _line(event: Event) -> str:
+    return event_line(event["type"], event)
