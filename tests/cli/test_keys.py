@@ -83,11 +83,11 @@ def test_the_database_of_the_option_goes_before_that_of_the_environment(url, tmp
     assert found(other, token) is not None
 
 
-def test_without_a_database_in_the_environment_it_lies_beside_the_models(tmp_path, monkeypatch):
+def test_without_a_database_in_the_environment_it_lies_with_the_users_data(tmp_path, monkeypatch):
     monkeypatch.delenv("FREEHOLD_DATABASE", raising=False)
-    monkeypatch.setenv("FREEHOLD_MODELS", str(tmp_path / "models"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     token = call("keys", "add", "laptop").out.strip()
-    assert found(f"sqlite:///{tmp_path / 'freehold.db'}", token) is not None
+    assert found(f"sqlite:///{tmp_path / 'freehold' / 'freehold.db'}", token) is not None
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine.scripted import ScriptedDecoder
 
+from engine.scripted import ScriptedDecoder
 from freehold.engine.engine import Engine
 from freehold.engine.generate import generate
 from freehold.engine.request import Event, Finish, ReasoningBudget, Request, SamplingParams

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine.scripted import ScriptedDecoder
 from torch import Tensor
 
+from engine.scripted import ScriptedDecoder
 from freehold.engine import generate as module
 from freehold.engine.generate import Continuation, check_prompt, generate
 from freehold.engine.request import SamplingParams

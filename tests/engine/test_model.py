@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from engine.scripted import ScriptedDecoder
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 import freehold
 from checkpoint.gguf_models import write_gguf_model
+from engine.scripted import ScriptedDecoder
 from freehold.checkpoint.fetch import fetch
 from freehold.checkpoint.save import save_checkpoint
 from freehold.engine.machine import Memory

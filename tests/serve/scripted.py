@@ -1,22 +1,16 @@
-"""Answers that say what a test has written down, behind the real routes, errors and guard, on a real socket."""
+"""Answers that say what a test has written down, behind the real app on a real socket."""
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
-from fastapi import APIRouter, FastAPI
-from serve.listening import listening
-from starlette.middleware import Middleware
-
-from freehold.serve import anthropic, responses
 from freehold.serve.answers import Answers, AnswerUsage, Chat, Delta, Options, Prompt
-from freehold.serve.auth import Guard
+from freehold.serve.app import build_app
 from freehold.serve.caller import Caller
-from freehold.serve.configuration import ServeSettings
-from freehold.serve.errors import answer_errors
 from freehold.text.answer import Piece, ReasoningPiece, TextPiece, ToolCallPiece
 from freehold.text.messages import checked_messages, checked_tools
+from serve.listening import listening
 
 NUM_PROMPT_TOKENS = 7
 
@@ -29,6 +23,7 @@ class ScriptedAnswers:
     """
 
     model_name = "scripted"
+    engine = None
 
     def __init__(self, *script: Delta | Exception | None, reasons: bool = True):
         self.script, self.reasons = script, reasons
@@ -98,20 +93,22 @@ SCRIPTS: dict[str, tuple[Delta, ...]] = {
 }
 
 
+class Stage:
+    """Stands for the answers that a test wants just now, so that one server does for all tests of a file."""
+
+    model_name = "scripted"
+    engine = None
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.playing: ScriptedAnswers | None = None
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.playing, name)
+
+
 @contextmanager
-def serving(answers: ScriptedAnswers | Answers, routes: Callable[[Answers], APIRouter]) -> Iterator[str]:
-    """Yield the address of a server with some routes."""
-    app = FastAPI(middleware=[Middleware(Guard(None).around)])
-    app.state.settings = ServeSettings()
-    answer_errors(app)
-    app.include_router(routes(answers))
-    with listening(app) as port:
+def serving(answers: ScriptedAnswers | Stage | Answers) -> Iterator[str]:
+    """Yield the address of a server."""
+    with listening(build_app(answers)) as port:
         yield f"http://127.0.0.1:{port}"
-
-
-def both(answers: Answers) -> APIRouter:
-    """Return the routes of both dialects beside the chat API."""
-    router = APIRouter()
-    router.include_router(anthropic.routes(answers))
-    router.include_router(responses.routes(answers))
-    return router

@@ -1,12 +1,13 @@
 """The whole server behind a real socket, for tests: one engine for each model file, kept for all tests of a run."""
 
+import atexit
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 from openai import OpenAI
-from serve.listening import listening
 
 from freehold.engine.engine import Engine
 from freehold.engine.model import load
@@ -15,6 +16,7 @@ from freehold.serve.answers import Answers
 from freehold.serve.app import build_app
 from freehold.serve.auth import Guard
 from freehold.serve.configuration import ServeSettings
+from serve.listening import listening
 
 CONTEXT = 512
 MODEL_NAME = "small"
@@ -26,7 +28,15 @@ def engine_of(path: Path) -> Engine:
     limits = Limits(num_slots=8, num_pages=128, page_size=32, budget_tokens=256, max_positions=CONTEXT)
     engine = Engine(load(path), limits)
     engine.start()
+    atexit.register(_let_go, engine)
     return engine
+
+
+def _let_go(engine: Engine) -> None:
+    """End an engine before the interpreter does, which would find kernels in use."""
+    engine.close()
+    engine_of.cache_clear()
+    gc.collect()
 
 
 @contextmanager

@@ -6,10 +6,9 @@ from contextlib import contextmanager
 import anthropic
 import httpx
 import pytest
-from serve.scripted import SCRIPTS, ScriptedAnswers, call, ended, reasoning, said, serving, text
 
 from freehold.errors import Draining, EngineFailed, Overloaded, TimedOut
-from freehold.serve.anthropic import routes
+from serve.scripted import SCRIPTS, ScriptedAnswers, Stage, call, ended, reasoning, said, serving, text
 
 QUESTION = [{"role": "user", "content": "Hello?"}]
 TOOL = {"name": "weather", "description": "Tells it.", "input_schema": {"type": "object", "properties": {}}}
@@ -17,9 +16,19 @@ ASKED = {"role": "assistant", "content": [{"type": "tool_use", "id": "toolu_1", 
 RESULT = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "sunny"}
 
 
+STAGE = Stage()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _server():
+    with serving(STAGE) as STAGE.url:
+        yield
+
+
 @contextmanager
 def client_of(answers):
-    with serving(answers, routes) as url, anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client:
+    STAGE.playing = answers
+    with anthropic.Anthropic(base_url=STAGE.url, api_key="none", max_retries=0) as client:
         yield client
 
 
@@ -121,9 +130,9 @@ def test_events_come_in_the_documented_order():
 
 
 def test_each_event_is_named_by_its_type():
-    with serving(ScriptedAnswers(*SCRIPTS["text"]), routes) as url:
-        body = {"model": "scripted", "max_tokens": 5, "messages": QUESTION, "stream": True}
-        lines = httpx.post(f"{url}/v1/messages", json=body).text.splitlines()
+    STAGE.playing = ScriptedAnswers(*SCRIPTS["text"])
+    body = {"model": "scripted", "max_tokens": 5, "messages": QUESTION, "stream": True}
+    lines = httpx.post(f"{STAGE.url}/v1/messages", json=body).text.splitlines()
     names = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
     assert names[0] == "message_start"
     assert names[-1] == "message_stop"
@@ -287,15 +296,15 @@ def test_thinking_is_refused_where_the_model_does_not_reason():
 def test_what_could_not_be_sent_back_is_refused(value):
     tool = f'{{"name": "f", "input_schema": {{"x": {value}}}}}'
     body = f'{{"model": "scripted", "max_tokens": 5, "messages": {json.dumps(QUESTION)}, "tools": [{tool}]}}'
-    with serving(ScriptedAnswers(ended()), routes) as url:
-        response = httpx.post(f"{url}/v1/messages", content=body, headers={"content-type": "application/json"})
+    STAGE.playing = ScriptedAnswers(ended())
+    response = httpx.post(f"{STAGE.url}/v1/messages", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400
     assert response.json()["error"]["message"].startswith("tools[0].input_schema: this is not JSON")
 
 
 def test_max_tokens_is_needed():
-    with serving(ScriptedAnswers(ended()), routes) as url:
-        response = httpx.post(f"{url}/v1/messages", json={"model": "scripted", "messages": QUESTION})
+    STAGE.playing = ScriptedAnswers(ended())
+    response = httpx.post(f"{STAGE.url}/v1/messages", json={"model": "scripted", "messages": QUESTION})
     assert response.status_code == 400
     assert "max_tokens" in response.json()["error"]["message"]
 
@@ -315,7 +324,7 @@ def test_model_of_another_name_is_not_found():
         (TimedOut("the request was late"), 504, "timeout_error"),
         (EngineFailed("it failed"), 500, "api_error"),
     ],
-    ids=lambda value: type(value).__name__,
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
 )
 def test_failure_before_the_first_event_has_its_own_status(error, status, kind, streams):
     with client_of(ScriptedAnswers(error)) as client, pytest.raises(anthropic.APIStatusError) as caught:
@@ -336,15 +345,15 @@ def test_failure_under_way_ends_the_stream_with_an_error():
 @pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
 def test_answer_ends_when_its_client_is_gone(streams):
     answers = ScriptedAnswers(said(text("Hel")), None)
-    with serving(answers, routes) as url:
-        body = {"model": "scripted", "max_tokens": 5, "messages": QUESTION, "stream": streams}
-        if streams:
-            with httpx.stream("POST", f"{url}/v1/messages", json=body) as response:
-                next(response.iter_raw())
-        else:
-            with pytest.raises(httpx.ReadTimeout):
-                httpx.post(f"{url}/v1/messages", json=body, timeout=0.5)
-        assert answers.closed.wait(60)
+    STAGE.playing = answers
+    body = {"model": "scripted", "max_tokens": 5, "messages": QUESTION, "stream": streams}
+    if streams:
+        with httpx.stream("POST", f"{STAGE.url}/v1/messages", json=body) as response:
+            next(response.iter_raw())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{STAGE.url}/v1/messages", json=body, timeout=0.5)
+    assert answers.closed.wait(60)
 
 
 def test_tokens_are_counted_without_an_answer():

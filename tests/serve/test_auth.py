@@ -10,7 +10,6 @@ import httpx
 import pytest
 import sqlalchemy as sql
 from fastapi import FastAPI, Request
-from serve.listening import exchange, listening
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
@@ -19,6 +18,7 @@ from freehold.serve.database import Database, api_keys
 from freehold.serve.errors import answer_errors
 from freehold.serve.keys import Keys, Terms
 from freehold.serve.rates import Rates
+from serve.listening import exchange, listening
 
 PATHS = ("/", "/v1/models", "/v1/chat/completions", "/metrics", "/docs", "/openapi.json", "/nowhere", "/health/")
 

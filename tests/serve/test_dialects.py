@@ -6,13 +6,13 @@ from pathlib import Path
 import anthropic
 import openai
 import pytest
-from serve.scripted import both, serving
 
 from freehold.engine.engine import Engine
 from freehold.engine.model import load
 from freehold.engine.plan import serving_plan
 from freehold.serve.answers import Answers
 from inputs import qwen_coder_gguf, smollm2_gguf
+from serve.scripted import serving
 
 MEMORY_BYTES = 4_000_000_000
 # Anthropic's client no longer has an argument for it.
@@ -34,7 +34,7 @@ def clients_of(path: Path):
     with Engine(model, plan.limits, kv_dtype=plan.kv_dtype) as engine, ExitStack() as stack:
         answers = Answers(engine, model_name="m")
         stack.callback(answers.close)
-        url = stack.enter_context(serving(answers, both))
+        url = stack.enter_context(serving(answers))
         yield (
             stack.enter_context(anthropic.Anthropic(base_url=url, api_key="none", max_retries=0)),
             stack.enter_context(openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)),

@@ -13,7 +13,6 @@ import pytest
 import sqlalchemy as sql
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from serve.databases import KINDS, new_database
 
 from freehold.errors import BadInput, NotFound
 from freehold.serve.caller import Caller
@@ -21,6 +20,7 @@ from freehold.serve.database import Database, DatabaseFailed, metadata
 from freehold.serve.errors import Refused, failure_of
 from freehold.serve.keys import Keys, Terms
 from freehold.serve.quota import DatabaseQuotas, QuotaSpent
+from serve.databases import KINDS, new_database
 
 ALL_TERMS = Terms(
     scopes=frozenset({"infer", "metrics"}),

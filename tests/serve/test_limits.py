@@ -13,10 +13,10 @@ import pytest
 from fastapi import FastAPI, Request
 from hypothesis import given
 from hypothesis import strategies as st
-from serve.listening import exchange, listening, read_to_end
 
 from freehold.serve.connection import Connection
 from freehold.serve.limits import Limited, Limits, refuse_shape
+from serve.listening import exchange, listening, read_to_end
 
 LIMITS = Limits(
     body_bytes=1000, json_depth=4, json_values=50, num_headers=20, header_bytes=2000, target_bytes=200, body_s=0.3

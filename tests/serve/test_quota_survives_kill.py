@@ -11,12 +11,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serve.databases import KINDS, new_database
 
 from freehold.serve.caller import Caller
 from freehold.serve.database import Database
 from freehold.serve.keys import DayUsage, Keys, Terms
 from freehold.serve.quota import DatabaseQuotas, QuotaSpent
+from serve.databases import KINDS, new_database
 
 TESTS = Path(__file__).parent.parent
 WATCHDOG_S = 120.0

@@ -5,10 +5,9 @@ from contextlib import contextmanager
 import httpx
 import openai
 import pytest
-from serve.scripted import SCRIPTS, ScriptedAnswers, call, ended, reasoning, said, serving, text
 
 from freehold.errors import Draining, EngineFailed, Overloaded, TimedOut
-from freehold.serve.responses import routes
+from serve.scripted import SCRIPTS, ScriptedAnswers, Stage, call, ended, reasoning, said, serving, text
 
 TOOL = {"type": "function", "name": "weather", "description": "Tells it.", "parameters": {"type": "object"}}
 CALL = {"type": "function_call", "call_id": "call_1", "name": "weather", "arguments": '{"a": 1}'}
@@ -16,12 +15,19 @@ RESULT = {"type": "function_call_output", "call_id": "call_1", "output": "sunny"
 USER = {"role": "user", "content": "Hello?"}
 
 
+STAGE = Stage()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _server():
+    with serving(STAGE) as STAGE.url:
+        yield
+
+
 @contextmanager
 def client_of(answers):
-    with (
-        serving(answers, routes) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
-    ):
+    STAGE.playing = answers
+    with openai.OpenAI(base_url=f"{STAGE.url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 
@@ -121,9 +127,9 @@ def test_events_come_in_the_documented_order():
 
 
 def test_each_event_is_named_by_its_type():
-    with serving(ScriptedAnswers(*SCRIPTS["text"]), routes) as url:
-        body = {"model": "scripted", "input": "Hello?", "stream": True}
-        lines = httpx.post(f"{url}/v1/responses", json=body).text.splitlines()
+    STAGE.playing = ScriptedAnswers(*SCRIPTS["text"])
+    body = {"model": "scripted", "input": "Hello?", "stream": True}
+    lines = httpx.post(f"{STAGE.url}/v1/responses", json=body).text.splitlines()
     names = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
     assert names[0] == "response.created"
     assert names[-1] == "response.completed"
@@ -310,11 +316,16 @@ def test_what_is_not_supported_is_refused_by_its_name(name):
     assert told in caught.value.body["message"]
 
 
-@pytest.mark.parametrize("effort", ["none", "low"])
-def test_effort_is_refused_where_the_model_does_not_reason(effort):
+def test_model_that_does_not_reason_need_not_be_told():
+    chat, options = asked(reasons=False, reasoning={"effort": "none"})
+    assert chat.switches == {}
+    assert options.reasoning_tokens is None
+
+
+def test_effort_is_refused_where_the_model_does_not_reason():
     answers = ScriptedAnswers(ended(), reasons=False)
     with client_of(answers) as client, pytest.raises(openai.BadRequestError, match="does not reason") as caught:
-        ask(client, reasoning={"effort": effort})
+        ask(client, reasoning={"effort": "low"})
     assert caught.value.param == "reasoning.effort"
 
 
@@ -322,8 +333,8 @@ def test_effort_is_refused_where_the_model_does_not_reason(effort):
 def test_what_could_not_be_sent_back_is_refused(field):
     value = {"metadata": r'{"x": "\ud800"}', "tools": '[{"type": "function", "name": "f", "parameters": {"x": NaN}}]'}
     body = f'{{"model": "scripted", "input": "Hello?", "{field}": {value[field]}}}'
-    with serving(ScriptedAnswers(ended()), routes) as url:
-        response = httpx.post(f"{url}/v1/responses", content=body, headers={"content-type": "application/json"})
+    STAGE.playing = ScriptedAnswers(ended())
+    response = httpx.post(f"{STAGE.url}/v1/responses", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400
     assert response.json()["error"]["param"].startswith(field)
 
@@ -342,7 +353,7 @@ def test_model_of_another_name_is_not_found():
         (TimedOut("the request was late"), 504),
         (EngineFailed("it failed"), 500),
     ],
-    ids=lambda value: type(value).__name__,
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
 )
 def test_failure_before_the_first_event_has_its_own_status(error, status, streams):
     with client_of(ScriptedAnswers(error)) as client, pytest.raises(openai.APIStatusError) as caught:
@@ -365,12 +376,12 @@ def test_failure_under_way_is_the_last_event():
 @pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
 def test_answer_ends_when_its_client_is_gone(streams):
     answers = ScriptedAnswers(said(text("Hel")), None)
-    with serving(answers, routes) as url:
-        body = {"model": "scripted", "input": "Hello?", "stream": streams}
-        if streams:
-            with httpx.stream("POST", f"{url}/v1/responses", json=body) as response:
-                next(response.iter_raw())
-        else:
-            with pytest.raises(httpx.ReadTimeout):
-                httpx.post(f"{url}/v1/responses", json=body, timeout=0.5)
-        assert answers.closed.wait(60)
+    STAGE.playing = answers
+    body = {"model": "scripted", "input": "Hello?", "stream": streams}
+    if streams:
+        with httpx.stream("POST", f"{STAGE.url}/v1/responses", json=body) as response:
+            next(response.iter_raw())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{STAGE.url}/v1/responses", json=body, timeout=0.5)
+    assert answers.closed.wait(60)

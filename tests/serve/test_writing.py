@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ConfigDict, TypeAdapter, with_config
-from serve.scripted import SCRIPTS, ScriptedAnswers, both, call, ended, reasoning, said, serving, text
 
 from freehold.serve.anthropic import MessageWriting
 from freehold.serve.dialect_shapes import MessageAnswer, ResponseAnswer
 from freehold.serve.responses import ResponseWriting
 from freehold.serve.responses_schema import ResponsesRequest
 from freehold.text.answer import ReasoningPiece, TextPiece
+from serve.scripted import SCRIPTS, ScriptedAnswers, call, ended, reasoning, said, serving, text
 
 WORDS = st.text(min_size=1, max_size=5)
 PIECES = st.lists(st.one_of(WORDS.map(text), WORDS.map(reasoning), st.just(call("f", '{"a": 1}'))), max_size=12)
@@ -114,7 +114,7 @@ ODD = (None, True, -1, 1e400, "", "\ud800", "x" * 2000, [], {}, [[]], {"type": "
 
 @pytest.fixture(scope="module")
 def url():
-    with serving(ScriptedAnswers(ended(text("x"))), both) as address:
+    with serving(ScriptedAnswers(ended(text("x")))) as address:
         yield address
 
 

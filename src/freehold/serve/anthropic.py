@@ -17,11 +17,12 @@ from starlette.responses import JSONResponse, Response
 from freehold.engine.request import SamplingParams
 from freehold.serve.answers import Answers, AnswerUsage, Chat, Delta, Options
 from freehold.serve.anthropic_schema import CountRequest, Message, MessagesRequest, texts_of
+from freehold.serve.asking import SEED_BITS, caller_of, check_model, settings_of
 from freehold.serve.dialect_shapes import MESSAGE_ERRORS, CountedTokens, MessageAnswer
 from freehold.serve.errors import Refused, request_id_of
-from freehold.serve.schema import SEED_LIMIT
+from freehold.serve.openai_chat import THINKING_SWITCH
 from freehold.serve.turns import Turns
-from freehold.serve.writing import Event, check_model, streamed, whole
+from freehold.serve.writing import Event, streamed, whole
 from freehold.text.answer import Piece, ReasoningPiece, TextPiece, ToolCallPiece
 
 # Where Anthropic's clients look for a request's id.
@@ -31,7 +32,7 @@ STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_
 
 def routes(answers: Answers) -> APIRouter:
     """Return the routes of the Messages API."""
-    router = APIRouter(tags=["anthropic"])
+    router = APIRouter(tags=["Anthropic"])
 
     @router.post("/v1/messages", responses={**MESSAGE_ERRORS, 200: {"model": MessageAnswer}})
     async def create_message(body: MessagesRequest, request: Request) -> Response:
@@ -39,9 +40,9 @@ def routes(answers: Answers) -> APIRouter:
         check_model(body.model, request, answers)
         prompt = await answers.read_chat(_chat(body, answers))
         writing = MessageWriting(model=body.model, input_tokens=len(prompt.ids))
-        deltas = answers.stream(prompt, _options(body), request.state.caller)
+        deltas = answers.stream(prompt, _options(body), caller_of(request))
         response = (
-            streamed(writing, deltas, request.app.state.settings)
+            streamed(writing, deltas, settings_of(request))
             if body.stream
             else JSONResponse(await whole(writing, deltas, request))
         )
@@ -142,7 +143,7 @@ def _chat(body: CountRequest, answers: Answers) -> Chat:
     return Chat(
         messages=chat_messages(body),
         tools=[tool.for_template() for tool in body.tools or () if is_shown],
-        switches={"enable_thinking": thinks} if answers.reasons else {},
+        switches={THINKING_SWITCH: thinks} if answers.reasons else {},
     )
 
 
@@ -201,7 +202,7 @@ def _options(body: MessagesRequest) -> Options:
             temperature=1.0 if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
             top_k=body.top_k or 0,
-            seed=secrets.randbelow(SEED_LIMIT),
+            seed=secrets.randbits(SEED_BITS),
             stop=tuple(body.stop_sequences or ()),
         ),
         reasoning_tokens=body.thinking.budget_tokens if body.thinking else None,

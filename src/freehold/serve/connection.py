@@ -5,9 +5,11 @@ unread. Here both have a deadline. Bodies that are read have theirs in limits.py
 """
 
 import asyncio
+import signal
 import socket
-from collections.abc import Callable, Mapping
-from types import FrameType, MappingProxyType
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import h11
@@ -86,16 +88,27 @@ UVICORN_OPTIONS: Mapping[str, Any] = MappingProxyType(
 )
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
 class StoppableServer(uvicorn.Server):
-    """A server that does something else first when it is told to stop."""
+    """A server that does something else first when SIGTERM or Ctrl-C tells it to stop."""
 
     def __init__(self, config: uvicorn.Config, stop: Callable[[], None]):
         super().__init__(config)
         self._stop = stop
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to stop, on SIGTERM or Ctrl-C."""
-        self._stop()
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Have signals call `stop` for as long as the server runs."""
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._stop)
+        try:
+            yield
+        finally:
+            for number in SIGNALS:
+                loop.remove_signal_handler(number)
 
 
 async def serve_until_stopped(app: ASGIApp, engine: Engine, listening: socket.socket, *, drain_s: float) -> None:
@@ -118,5 +131,5 @@ async def serve_until_stopped(app: ASGIApp, engine: Engine, listening: socket.so
             ending[0].add_done_callback(end)
 
     config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", **UVICORN_OPTIONS)
-    server = StoppableServer(config, stop=lambda: loop.call_soon_threadsafe(begin_to_end))  # type: ignore[arg-type]
+    server = StoppableServer(config, stop=begin_to_end)
     await server.serve([listening])

@@ -14,23 +14,23 @@ from starlette.responses import JSONResponse, Response
 
 from freehold.engine.request import SamplingParams
 from freehold.serve.answers import Answers, AnswerUsage, Chat, Delta, Options
+from freehold.serve.asking import SEED_BITS, caller_of, check_model, settings_of
 from freehold.serve.dialect_shapes import ResponseAnswer
 from freehold.serve.errors import Refused
+from freehold.serve.openai_chat import EFFORT_TOKENS, THINKING_SWITCH
 from freehold.serve.responses_schema import CallItem, MessageItem, ReasoningItem, ResponsesRequest, Texts
-from freehold.serve.schema import SEED_LIMIT
 from freehold.serve.shapes import ERRORS
 from freehold.serve.turns import Turns
-from freehold.serve.writing import Event, check_model, streamed, whole
+from freehold.serve.writing import Event, streamed, whole
 from freehold.text.answer import Piece, ReasoningPiece, TextPiece, ToolCallPiece
 
-EFFORT_TOKENS = {"low": 1024, "medium": 4096, "high": 16384}
 # Of a part: its type, and the events that tell of its text.
 PART_OF = {TextPiece: "output_text", ReasoningPiece: "reasoning_text"}
 
 
 def routes(answers: Answers) -> APIRouter:
     """Return the route of the Responses API."""
-    router = APIRouter(tags=["openai"])
+    router = APIRouter(tags=["OpenAI"])
 
     @router.post("/v1/responses", responses={**ERRORS, 200: {"model": ResponseAnswer}})
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
@@ -39,9 +39,9 @@ def routes(answers: Answers) -> APIRouter:
         options = _options(body, answers)
         prompt = await answers.read_chat(_chat(body, answers))
         writing = ResponseWriting(body)
-        deltas = answers.stream(prompt, options, request.state.caller)
+        deltas = answers.stream(prompt, options, caller_of(request))
         if body.stream:
-            return streamed(writing, deltas, request.app.state.settings)
+            return streamed(writing, deltas, settings_of(request))
         return JSONResponse(await whole(writing, deltas, request))
 
     return router
@@ -146,7 +146,7 @@ def _chat(body: ResponsesRequest, answers: Answers) -> Chat:
     return Chat(
         messages=chat_messages(body),
         tools=[tool.for_template() for tool in body.tools or () if body.tool_choice != "none"],
-        switches={"enable_thinking": effort != "none"} if effort else {},
+        switches={THINKING_SWITCH: effort != "none"} if effort and answers.reasons else {},
     )
 
 
@@ -185,14 +185,14 @@ def _effort(body: ResponsesRequest) -> str | None:
 
 def _options(body: ResponsesRequest, answers: Answers) -> Options:
     effort = _effort(body)
-    if effort is not None and not answers.reasons:
+    if effort in EFFORT_TOKENS and not answers.reasons:
         raise Refused("reasoning.effort: this model does not reason before it answers", param="reasoning.effort")
     return Options(
         sampling=SamplingParams(
             max_tokens=body.max_output_tokens,
             temperature=1.0 if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
-            seed=secrets.randbelow(SEED_LIMIT),
+            seed=secrets.randbits(SEED_BITS),
         ),
         reasoning_tokens=EFFORT_TOKENS.get(effort or ""),
         parallel_tool_calls=body.parallel_tool_calls is not False,

@@ -9,9 +9,8 @@ from typing import Any, Protocol
 
 from fastapi import Request
 
-from freehold.serve.answers import Answers, Delta
+from freehold.serve.answers import Delta
 from freehold.serve.configuration import ServeSettings
-from freehold.serve.errors import Refused
 from freehold.serve.sse import EventStream, event_line, merged, while_connected
 
 Event = dict[str, Any]  # its type is its name, too
@@ -40,12 +39,6 @@ def streamed(writing: Writing, deltas: AsyncIterator[Delta], settings: ServeSett
         return "".join(_line(event) for event in writing.fail(body))
 
     return EventStream(_lines(writing, deltas), settings=settings, error_line=error_line)
-
-
-def check_model(name: str, request: Request, answers: Answers) -> None:
-    """Raises: Refused where a name is none of the model's."""
-    if name not in (answers.model_name, *request.app.state.settings.aliases):
-        raise Refused(f"no model {name!r:.60} here", param="model", code="model_not_found", status=404)
 
 
 async def whole(writing: Writing, deltas: AsyncIterator[Delta], request: Request) -> dict[str, Any]:
