@@ -1,4 +1,4 @@
-# The two commands of the README: `make run` opens a chat, `make test` runs the tests. `make check` reads the code.
+# The two commands of the README: `make run` serves a model, `make test` runs the tests. `make check` reads the code.
 # A repeated call does only what its inputs have changed. PYTHON=python3.12 chooses another interpreter.
 
 PYTHON ?= python3
@@ -18,7 +18,7 @@ endif
 
 run: $(VENV)/.installed
 	$(BIN)/freehold fetch $(MODEL)
-	$(BIN)/freehold chat $(MODEL)
+	$(BIN)/freehold serve $(MODEL)
 
 test: $(VENV)/.installed-for-tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

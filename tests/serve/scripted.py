@@ -1,16 +1,13 @@
-"""Answers that say what a test has written down, behind the real app on a real socket."""
+"""Answers that say what a test has written down, for a server that is real in all else (servers.py)."""
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 
-from freehold.serve.answers import Answers, AnswerUsage, Chat, Delta, Options, Prompt
-from freehold.serve.app import build_app
+from freehold.serve.answers import AnswerUsage, Chat, Delta, Options, Prompt
 from freehold.serve.caller import Caller
 from freehold.text.answer import Piece, ReasoningPiece, TextPiece, ToolCallPiece
 from freehold.text.messages import checked_messages, checked_tools
-from serve.listening import listening
 
 NUM_PROMPT_TOKENS = 7
 
@@ -105,10 +102,3 @@ class Stage:
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.playing, name)
-
-
-@contextmanager
-def serving(answers: ScriptedAnswers | Stage | Answers) -> Iterator[str]:
-    """Yield the address of a server."""
-    with listening(build_app(answers)) as port:
-        yield f"http://127.0.0.1:{port}"

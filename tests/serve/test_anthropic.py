@@ -8,7 +8,8 @@ import httpx
 import pytest
 
 from freehold.errors import Draining, EngineFailed, Overloaded, TimedOut
-from serve.scripted import SCRIPTS, ScriptedAnswers, Stage, call, ended, reasoning, said, serving, text
+from serve.scripted import SCRIPTS, ScriptedAnswers, Stage, call, ended, reasoning, said, text
+from serve.servers import running_server
 
 QUESTION = [{"role": "user", "content": "Hello?"}]
 TOOL = {"name": "weather", "description": "Tells it.", "input_schema": {"type": "object", "properties": {}}}
@@ -21,7 +22,7 @@ STAGE = Stage()
 
 @pytest.fixture(scope="module", autouse=True)
 def _server():
-    with serving(STAGE) as STAGE.url:
+    with running_server(STAGE) as STAGE.url:
         yield
 
 

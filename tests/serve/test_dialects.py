@@ -1,20 +1,15 @@
 """Anthropic's and OpenAI's other API over real models: what one says, the other says too."""
 
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import anthropic
 import openai
 import pytest
 
-from freehold.engine.engine import Engine
-from freehold.engine.model import load
-from freehold.engine.plan import serving_plan
-from freehold.serve.answers import Answers
 from inputs import qwen_coder_gguf, smollm2_gguf
-from serve.scripted import serving
+from serve.servers import CONTEXT, MODEL_NAME, running_server
 
-MEMORY_BYTES = 4_000_000_000
 # Anthropic's client no longer has an argument for it.
 GREEDY = {"extra_body": {"temperature": 0}}
 QUESTION = "What is the capital of France?"
@@ -22,23 +17,12 @@ QUESTION = "What is the capital of France?"
 
 @contextmanager
 def clients_of(path: Path):
-    model = load(path)
-    plan = serving_plan(
-        model.decoder.spec,
-        weight_bytes=0,
-        dtype=model.decoder.dtype,
-        memory_bytes=MEMORY_BYTES,
-        num_sequences=4,
-        context=1024,
-    )
-    with Engine(model, plan.limits, kv_dtype=plan.kv_dtype) as engine, ExitStack() as stack:
-        answers = Answers(engine, model_name="m")
-        stack.callback(answers.close)
-        url = stack.enter_context(serving(answers))
-        yield (
-            stack.enter_context(anthropic.Anthropic(base_url=url, api_key="none", max_retries=0)),
-            stack.enter_context(openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)),
-        )
+    with (
+        running_server(path) as url,
+        anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as claude,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as gpt,
+    ):
+        yield claude, gpt
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +39,18 @@ def coders():
 
 def message(client, question=QUESTION, *, max_tokens=12, **more):
     history = [{"role": "user", "content": question}]
-    return client.messages.create(model="m", max_tokens=max_tokens, messages=history, **GREEDY, **more)
+    return client.messages.create(model=MODEL_NAME, max_tokens=max_tokens, messages=history, **GREEDY, **more)
 
 
 def test_both_dialects_give_the_same_answer_whole_and_streamed(clients):
     claude, gpt = clients
     whole = message(claude)
     with claude.messages.stream(
-        model="m", max_tokens=12, messages=[{"role": "user", "content": QUESTION}], **GREEDY
+        model=MODEL_NAME, max_tokens=12, messages=[{"role": "user", "content": QUESTION}], **GREEDY
     ) as stream:
         streamed = stream.get_final_message()
-    response = gpt.responses.create(model="m", input=QUESTION, temperature=0, max_output_tokens=12)
-    with gpt.responses.stream(model="m", input=QUESTION, temperature=0, max_output_tokens=12) as stream:
+    response = gpt.responses.create(model=MODEL_NAME, input=QUESTION, temperature=0, max_output_tokens=12)
+    with gpt.responses.stream(model=MODEL_NAME, input=QUESTION, temperature=0, max_output_tokens=12) as stream:
         parts = [event.delta for event in stream if event.type == "response.output_text.delta"]
     assert whole.content[0].text
     assert len(parts) > 1
@@ -79,7 +63,7 @@ def test_both_dialects_give_the_same_answer_whole_and_streamed(clients):
 def test_counted_tokens_are_those_that_an_answer_reads(clients):
     claude, _ = clients
     history = [{"role": "user", "content": QUESTION}]
-    counted = claude.messages.count_tokens(model="m", messages=history, system="Be brief.")
+    counted = claude.messages.count_tokens(model=MODEL_NAME, messages=history, system="Be brief.")
     assert counted.input_tokens == message(claude, system="Be brief.").usage.input_tokens
 
 
@@ -88,12 +72,14 @@ def test_tools_are_refused_where_the_template_has_no_place_for_them(clients):
     with pytest.raises(anthropic.BadRequestError, match="no place for tools"):
         message(claude, tools=[{"name": "f", "input_schema": {"type": "object"}}])
     with pytest.raises(openai.BadRequestError, match="no place for tools"):
-        gpt.responses.create(model="m", input=QUESTION, tools=[{"type": "function", "name": "f", "parameters": {}}])
+        gpt.responses.create(
+            model=MODEL_NAME, input=QUESTION, tools=[{"type": "function", "name": "f", "parameters": {}}]
+        )
 
 
 def test_too_long_an_answer_is_refused_with_the_numbers(clients):
     claude, _ = clients
-    with pytest.raises(anthropic.BadRequestError, match="room for 1024 in all"):
+    with pytest.raises(anthropic.BadRequestError, match=f"room for {CONTEXT} in all"):
         message(claude, max_tokens=4096)
 
 
@@ -113,8 +99,8 @@ def test_model_reads_what_a_tool_returned(coders):
         {"type": "function_call", "call_id": "t", "name": "warmth", "arguments": '{"city": "Graz"}'},
         {"type": "function_call_output", "call_id": "t", "output": returned},
     ]
-    said = claude.messages.create(model="m", max_tokens=24, messages=messages, **GREEDY)
-    response = gpt.responses.create(model="m", input=items, max_output_tokens=24, temperature=0)
+    said = claude.messages.create(model=MODEL_NAME, max_tokens=24, messages=messages, **GREEDY)
+    response = gpt.responses.create(model=MODEL_NAME, input=items, max_output_tokens=24, temperature=0)
     assert "31" in said.content[0].text
     assert response.output_text == said.content[0].text
 
@@ -124,9 +110,9 @@ def test_model_reads_the_same_tools_in_both_dialects(coders):
     schema = {"type": "object", "properties": {"city": {"type": "string"}}}
     history = [{"role": "user", "content": QUESTION}]
     counted = [
-        claude.messages.count_tokens(model="m", messages=history, tools=tools).input_tokens
+        claude.messages.count_tokens(model=MODEL_NAME, messages=history, tools=tools).input_tokens
         for tools in ([], [{"name": "warmth", "description": "Of a city.", "input_schema": schema}])
     ]
     tool = {"type": "function", "name": "warmth", "description": "Of a city.", "parameters": schema}
-    response = gpt.responses.create(model="m", input=QUESTION, max_output_tokens=1, tools=[tool])
+    response = gpt.responses.create(model=MODEL_NAME, input=QUESTION, max_output_tokens=1, tools=[tool])
     assert counted[0] < counted[1] == response.usage.input_tokens

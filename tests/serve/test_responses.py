@@ -7,7 +7,8 @@ import openai
 import pytest
 
 from freehold.errors import Draining, EngineFailed, Overloaded, TimedOut
-from serve.scripted import SCRIPTS, ScriptedAnswers, Stage, call, ended, reasoning, said, serving, text
+from serve.scripted import SCRIPTS, ScriptedAnswers, Stage, call, ended, reasoning, said, text
+from serve.servers import running_server
 
 TOOL = {"type": "function", "name": "weather", "description": "Tells it.", "parameters": {"type": "object"}}
 CALL = {"type": "function_call", "call_id": "call_1", "name": "weather", "arguments": '{"a": 1}'}
@@ -20,7 +21,7 @@ STAGE = Stage()
 
 @pytest.fixture(scope="module", autouse=True)
 def _server():
-    with serving(STAGE) as STAGE.url:
+    with running_server(STAGE) as STAGE.url:
         yield
 
 

@@ -14,7 +14,8 @@ from freehold.serve.dialect_shapes import MessageAnswer, ResponseAnswer
 from freehold.serve.responses import ResponseWriting
 from freehold.serve.responses_schema import ResponsesRequest
 from freehold.text.answer import ReasoningPiece, TextPiece
-from serve.scripted import SCRIPTS, ScriptedAnswers, call, ended, reasoning, said, serving, text
+from serve.scripted import SCRIPTS, ScriptedAnswers, call, ended, reasoning, said, text
+from serve.servers import running_server
 
 WORDS = st.text(min_size=1, max_size=5)
 PIECES = st.lists(st.one_of(WORDS.map(text), WORDS.map(reasoning), st.just(call("f", '{"a": 1}'))), max_size=12)
@@ -114,7 +115,7 @@ ODD = (None, True, -1, 1e400, "", "\ud800", "x" * 2000, [], {}, [[]], {"type": "
 
 @pytest.fixture(scope="module")
 def url():
-    with serving(ScriptedAnswers(ended(text("x")))) as address:
+    with running_server(ScriptedAnswers(ended(text("x")))) as address:
         yield address
 
 

@@ -26,8 +26,8 @@ DatabaseUrl = Annotated[
     typer.Option(
         "--database",
         metavar="URL",
-        help="sqlite:///FILE or postgresql://USER@HOST/NAME. Without it FREEHOLD_DATABASE, or a file beside the "
-        "models. A password is safer in FREEHOLD_DATABASE: other users can see a command line.",
+        help="sqlite:///FILE or postgresql://USER@HOST/NAME. Without it FREEHOLD_DATABASE, or a file of "
+        "this user. A password is safer in FREEHOLD_DATABASE: other users can see a command line.",
         show_default=False,
     ),
 ]
