@@ -37,6 +37,8 @@ WITHOUT_TORCH = (
     "engine/request.py",
     "engine/scheduler.py",
     "serve/schema.py",
+    "serve/anthropic_schema.py",
+    "serve/responses_schema.py",
     "cli/main.py",
     "checkpoint/fetch.py",
 )

@@ -2,7 +2,8 @@
 
 import atexit
 import gc
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -58,3 +59,12 @@ def openai_client(url: str) -> Iterator[OpenAI]:
     """Yield OpenAI's client of a server; what fails is not tried again."""
     with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300) as client:
         yield client
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until something holds that is about to, and fail where it never does."""
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come to hold")

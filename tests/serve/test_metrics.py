@@ -12,7 +12,7 @@ from freehold.errors import EngineFailed
 from freehold.serve.metrics import Meters, metered
 from inputs import smollm2_gguf
 from serve.scripted import ScriptedAnswers, said, text
-from serve.servers import MODEL_NAME, engine_of, openai_client, running_server
+from serve.servers import MODEL_NAME, engine_of, openai_client, running_server, wait_for
 
 QUESTION = [{"role": "user", "content": "Hello"}]
 NAMES = {
@@ -37,7 +37,7 @@ def url() -> Iterator[str]:
 
 
 def samples(url: str) -> dict[tuple[str, ...], float]:
-    """Return every sample by its name and the values of its labels."""
+    """Return every sample by its name and the values of its labels, in the order of their names."""
     answer = httpx.get(f"{url}/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     families = text_string_to_metric_families(answer.text)
@@ -63,7 +63,7 @@ def test_answers_are_counted_under_both_names(url):
     assert gained("vllm:generation_tokens_total", MODEL_NAME) == 6
     assert gained("freehold_generated_tokens_total", MODEL_NAME) == 6
     assert gained("vllm:prompt_tokens_total", MODEL_NAME) == gained("freehold_prompt_tokens_total", MODEL_NAME) > 0
-    assert gained("vllm:request_success_total", MODEL_NAME, "length") == 2
+    assert gained("vllm:request_success_total", "length", MODEL_NAME) == 2
     assert gained("vllm:time_to_first_token_seconds_count", MODEL_NAME) == 2
     assert gained("freehold_http_requests_total", "/v1/chat/completions", "200") == 1
 
@@ -82,9 +82,8 @@ def test_an_answer_that_is_left_counts_as_cancelled_and_no_success(url):
     body = {"model": MODEL_NAME, "messages": QUESTION, "stream": True, "logit_bias": {"2": -100}}
     with httpx.Client() as client, client.stream("POST", f"{url}/v1/chat/completions", json=body) as answer:
         next(answer.iter_lines())
-    while not (found := samples(url)).get(("freehold_answers_total", MODEL_NAME, "cancelled")):
-        pass
-    assert not any(name == "vllm:request_success_total" for name, *_ in found)
+    wait_for(lambda: ("freehold_answers_total", "cancelled", MODEL_NAME) in samples(url))
+    assert not any(name == "vllm:request_success_total" for name, *_ in samples(url))
 
 
 async def _read(deltas) -> None:

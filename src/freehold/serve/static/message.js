@@ -4,6 +4,8 @@ import { copyButton, fitHeight, icon, make } from "./dom.js";
 import { hasContent } from "./conversation.js";
 import { Markdown } from "./markdown.js";
 
+const LEAST_TIMED_S = 0.05; // what comes at once has no rate
+
 /** Returns the element of a user's message. acts: edit(node, text), version(node, step). */
 export function drawQuestion(node, versions, acts) {
   const text = make("div", { class: "said" }, node.text);
@@ -103,7 +105,7 @@ export class AnswerView {
     const { calls } = this.node;
     while (this.calls.children.length < calls.length) {
       const summary = make("summary", {}, "Calls ", make("code"));
-      const pre = make("pre", { tabindex: "0", role: "region", "aria-label": "Arguments" });
+      const pre = make("pre", { tabindex: "0", role: "group", "aria-label": "Arguments" });
       this.calls.append(make("details", { class: "fold" }, summary, make("div", { class: "fold-body" }, pre)));
     }
     [...this.calls.children].forEach((fold, place) => {
@@ -164,7 +166,7 @@ function numbersOf(node) {
   if (node.finish === "length") told.push("cut at the longest length");
   const count = node.usage?.completion_tokens ?? node.numParts;
   if (count) told.push(`${node.usage ? "" : "about "}${count.toLocaleString("en")} token${count === 1 ? "" : "s"}`);
-  if (count > 1 && node.writingS > 0) told.push(`${((count - 1) / node.writingS).toFixed(1)} tokens/s`);
+  if (count > 1 && node.writingS > LEAST_TIMED_S) told.push(`${((count - 1) / node.writingS).toFixed(1)} tokens/s`);
   return told.join(" · ");
 }
 

@@ -97,11 +97,10 @@ export class Sidebar {
       if (refocuses) this.list.querySelector(`[data-id="${head.id}"] button`)?.focus();
     };
     field.addEventListener("keydown", (event) => {
-      if (event.key === "Enter") end(true, true);
-      if (event.key === "Escape") {
-        event.stopPropagation();
-        end(false, true);
-      }
+      if (event.isComposing || (event.key !== "Enter" && event.key !== "Escape")) return;
+      event.preventDefault(); // or the key would go on to press the button that gets the focus
+      event.stopPropagation();
+      end(event.key === "Enter", true);
     });
     field.addEventListener("blur", () => end(true, false));
     row.replaceChildren(field);
