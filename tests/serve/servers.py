@@ -1,7 +1,6 @@
 """The whole server behind a real socket, for tests: one engine for each model file, kept for all tests of a run."""
 
 import atexit
-import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,15 +28,8 @@ def engine_of(path: Path) -> Engine:
     limits = Limits(num_slots=8, num_pages=128, page_size=32, budget_tokens=256, max_positions=CONTEXT)
     engine = Engine(load(path), limits)
     engine.start()
-    atexit.register(_let_go, engine)
+    atexit.register(engine.close)
     return engine
-
-
-def _let_go(engine: Engine) -> None:
-    """End an engine before the interpreter does, which would find kernels in use."""
-    engine.close()
-    engine_of.cache_clear()
-    gc.collect()
 
 
 @contextmanager

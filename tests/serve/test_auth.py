@@ -13,14 +13,15 @@ from fastapi import FastAPI, Request
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from freehold.serve.auth import Guard, is_loopback
+from freehold.serve.auth import OPEN_PATHS, Guard, is_loopback
+from freehold.serve.configuration import PAGE
 from freehold.serve.database import Database, api_keys
 from freehold.serve.errors import answer_errors
 from freehold.serve.keys import Keys, Terms
 from freehold.serve.rates import Rates
 from serve.listening import exchange, listening
 
-PATHS = ("/", "/v1/models", "/v1/chat/completions", "/metrics", "/docs", "/openapi.json", "/nowhere", "/health/")
+PATHS = ("/v1/models", "/v1/chat/completions", "/metrics", "/docs", "/openapi.json", "/nowhere", "/health/")
 
 
 class Gate:
@@ -100,7 +101,16 @@ def test_no_route_answers_without_a_key(client):
             assert client.request(method, path).status_code == 401, (method, path)
 
 
-def test_health_alone_is_open_and_says_nothing_else(client):
+def test_health_and_the_page_alone_are_open_to_be_read(client):
+    files = {f"/{file.name}" for file in PAGE.iterdir()}
+    assert {"/health", "/", *files} == OPEN_PATHS
+    assert len(files) > 10
+    for path in OPEN_PATHS:
+        assert client.get(path).status_code != 401
+        assert client.post(path).status_code == 401
+
+
+def test_health_says_nothing_but_that_the_server_lives(client):
     answer = client.get("/health")
     assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
     assert client.post("/health").status_code == 401

@@ -13,7 +13,7 @@ from freehold.engine.request import SamplingParams
 from freehold.errors import Draining, EngineFailed, Overloaded, TimedOut
 from freehold.text.answer import parse_answer
 from inputs import smollm2_gguf
-from serve.scripted import SCRIPTS, ScriptedAnswers, ended, said, serving, text
+from serve.scripted import SCRIPTS, ScriptedAnswers, ended, said, text
 from serve.servers import CONTEXT, MODEL_NAME, engine_of, openai_client, running_server, wait_for
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -267,7 +267,7 @@ def test_many_answers_at_once_are_each_as_alone(url):
 
 
 def scripted(*script, **options):
-    return serving(ScriptedAnswers(*script, **options))
+    return running_server(ScriptedAnswers(*script, **options))
 
 
 def ask_scripted(client: OpenAI, **options):
@@ -323,7 +323,7 @@ def test_reasoning_is_beside_the_content_and_counted():
 )
 def test_effort_and_budget_reach_the_engine_and_switches_the_template(asked, budget, switches):
     answers = ScriptedAnswers(*SCRIPTS["text"])
-    with serving(answers) as url, openai_client(url) as client:
+    with running_server(answers) as url, openai_client(url) as client:
         ask_scripted(client, **asked)
     assert answers.options[0].reasoning_tokens == budget
     assert answers.chats[0].switches == switches
@@ -331,7 +331,7 @@ def test_effort_and_budget_reach_the_engine_and_switches_the_template(asked, bud
 
 def test_what_is_asked_of_calls_reaches_the_template_and_the_answer():
     answers = ScriptedAnswers(*SCRIPTS["text"])
-    with serving(answers) as url, openai_client(url) as client:
+    with running_server(answers) as url, openai_client(url) as client:
         ask_scripted(client, tools=[WEATHER], parallel_tool_calls=False)
         ask_scripted(client, tools=[WEATHER], tool_choice="none")
     assert answers.chats[0].tools == [WEATHER]
@@ -373,7 +373,7 @@ def test_a_failure_within_a_stream_is_an_error_in_it(error, kind, status):
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_a_client_that_leaves_while_nothing_comes_ends_the_answer(stream):
     answers = ScriptedAnswers(None)
-    with serving(answers) as url, httpx.Client() as client:
+    with running_server(answers) as url, httpx.Client() as client:
         body = {"model": "scripted", "messages": QUESTION, "stream": stream}
         with pytest.raises(httpx.ReadTimeout):
             client.post(f"{url}/v1/chat/completions", json=body, timeout=httpx.Timeout(60, read=0.2))

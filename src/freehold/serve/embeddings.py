@@ -47,6 +47,7 @@ async def embeddings_of(answers: Answers, request: Request, body: EmbeddingReque
 
 
 def _written(vector: Sequence[float], encoding: str | None) -> list[float] | str:
-    if encoding != "base64":
-        return list(vector)
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode("ascii")
+    """Return a vector in either form; both hold the same float32 numbers."""
+    layout = f"<{len(vector)}f"
+    packed = struct.pack(layout, *vector)
+    return base64.b64encode(packed).decode("ascii") if encoding == "base64" else list(struct.unpack(layout, packed))

@@ -25,6 +25,8 @@ ANTHROPIC_PATH = "/v1/messages"
 CLIENT_GONE = 499  # nobody reads it; for the metrics
 # How the engine says that a prompt and its answer are too long.
 TOO_LONG = re.compile(r"^the prompt has \d+ tokens")
+# How pydantic says that a body is missing, or is no object.
+NO_OBJECT = {"missing", "model_type", "model_attributes_type", "dict_type"}
 
 OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 ANTHROPIC_TYPES = {
@@ -144,6 +146,8 @@ def _failure_of_validation(error: RequestValidationError) -> Failure:
     errors = error.errors()
     if errors[0]["type"] == "json_invalid":
         return Failure(status=400, message="the body is not JSON")
+    if len(errors[0]["loc"]) == 1 and errors[0]["type"] in NO_OBJECT:
+        return Failure(status=400, message="the body has to be a JSON object, sent as application/json")
     places = [_place(each["loc"][1:], error.body) for each in errors]
     deepest = max(places, key=len)
     told = [each for each, place in zip(errors, places, strict=True) if place == deepest]

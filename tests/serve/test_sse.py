@@ -1,0 +1,50 @@
+"""Streams over real sockets: what keeps them open, and clients that take nothing."""
+
+import socket
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from freehold.serve.sse import KEEP_ALIVE
+from serve.scripted import ScriptedAnswers, ended, said, text
+from serve.servers import running_server
+
+BODY = {"model": "scripted", "messages": [{"role": "user", "content": "Hello"}], "stream": True}
+PATH = "/v1/chat/completions"
+
+
+def test_a_stream_in_which_nothing_happens_is_kept_open_by_comments():
+    answers = ScriptedAnswers(None)
+    with running_server(answers, keep_alive_s=0.02) as url, httpx.stream("POST", f"{url}{PATH}", json=BODY) as answer:
+        lines = answer.iter_raw()
+        assert [next(lines).decode() for _ in range(3)] == [KEEP_ALIVE] * 3
+        assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answers.closed.wait(60)
+
+
+def test_a_stream_is_whole_events_up_to_done():
+    with running_server(ScriptedAnswers(said(text("Hel")), ended(text("lo")))) as url:
+        received = httpx.post(f"{url}{PATH}", json=BODY).text
+    assert all(event.startswith(("data: ", ": ")) for event in received.rstrip("\n").split("\n\n"))
+    assert received.endswith("data: [DONE]\n\n")
+
+
+def test_a_client_that_takes_nothing_ends_its_answer():
+    words = said(text("word " * 20_000))
+    answers = ScriptedAnswers(*[words] * 2000)
+    with running_server(answers, keep_alive_s=0.05, stalled_s=0.1) as url:
+        address = urlsplit(url)
+        with socket.create_connection((address.hostname, address.port)) as client:
+            body = httpx.Request("POST", url, json=BODY).content
+            head = f"POST {PATH} HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            assert answers.closed.wait(60)  # though the connection is open, and not all was said
+
+
+@pytest.mark.parametrize("headers", [{}, {"content-type": "text/plain"}], ids=["none", "text"])
+def test_a_body_that_is_not_sent_as_json_is_refused_with_what_to_do(headers):
+    with running_server(ScriptedAnswers()) as url:
+        refused = httpx.post(f"{url}{PATH}", content=b"{}", headers=headers)
+    assert refused.status_code == 400
+    assert "application/json" in refused.json()["error"]["message"]
