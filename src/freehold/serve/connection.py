@@ -90,6 +90,7 @@ UVICORN_OPTIONS: Mapping[str, Any] = MappingProxyType(
 )
 
 
+LAST_WORDS_S = 5  # for what is left to be sent when the engine has stopped; a client that does not take it is cut
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -132,6 +133,13 @@ async def serve_until_stopped(app: ASGIApp, engine: Engine, listening: socket.so
             ending.append(loop.run_in_executor(None, engine.drain, drain_s))
             ending[0].add_done_callback(end)
 
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", **UVICORN_OPTIONS)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=LAST_WORDS_S,
+        **UVICORN_OPTIONS,
+    )
     server = StoppableServer(config, stop=begin_to_end)
     await server.serve([listening])
