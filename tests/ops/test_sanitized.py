@@ -31,7 +31,7 @@ AVX512 = (
 FORM_FLAGS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "avx512vnni": [*AVX512, "-DFREEHOLD_VNNI"]}
 KERNELS = (  # as CMakeLists.txt
     "attention attention_mixer attention_write kernels linear_float linear_quantized"
-    " mamba2 mamba2_mixer mlp moe peaks rows"
+    " mamba2 mamba2_mixer mlp moe peaks rows sampling"
 ).split()
 SHARED = ["pack", "pool", "program", "scratch"]
 
@@ -50,6 +50,7 @@ TESTS = {
     "ops/test_norm.py": "twin or bits",
     "ops/test_linear.py": "same_bits or nowhere_else or packing or rows_of_a",
     "ops/test_mixers.py": "test_a_block_has or eight_bits_has or (packed_block_has and bfloat16)",
+    "ops/test_sampling.py": "likeliest or twin",
     "evaluate/test_limits.py": "",
 }
 

@@ -35,7 +35,14 @@ DatabaseUrl = Annotated[
 
 @app.callback(invoke_without_command=True)
 def keys(context: typer.Context) -> None:
-    """Make, list and revoke API keys: a server that others can reach answers nobody without one."""
+    """Make, list and revoke API keys: a server that others can reach answers nobody without one.
+
+    Examples:
+
+    \b
+      freehold keys add payroll --expires 90d --tokens-per-day 2000000
+      freehold keys list
+    """
     if context.invoked_subcommand is None:
         show_line(context.get_help())
 

@@ -62,6 +62,8 @@ def serve(
     On this machine alone no key is needed. Elsewhere every request needs one: make it with `freehold keys add NAME`.
     SIGTERM or Ctrl-C ends what runs, or cuts it after --drain seconds.
 
+    Examples:
+
     \b
       freehold serve smollm2-135m-instruct
       freehold serve model.gguf --host 0.0.0.0 --port 8080 --max-sequences 16
@@ -81,8 +83,7 @@ def serve(
         _show_plan(plan)
         loaded = load_model(model, device="cpu", dtype=dtype, threads=threads)
         keys_url = (database or Settings().database_url) if require_keys or not _is_loopback(host) else None
-        served_as = name or _name_of(model)
-        asyncio.run(_serve(loaded, plan, listening, name=served_as, keys_url=keys_url, drain_s=drain))
+        asyncio.run(_serve(loaded, plan, listening, name=name or _name_of(model), keys_url=keys_url, drain_s=drain))
 
 
 def _listen(host: str, port: int) -> socket.socket:
