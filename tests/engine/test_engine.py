@@ -16,6 +16,7 @@ from freehold.engine.generate import generate
 from freehold.engine.request import Event, Finish, ReasoningBudget, Request, SamplingParams
 from freehold.engine.scheduler import Limits
 from freehold.errors import BadRequest, Draining
+from freehold.models.layout import Layout
 from models.forms import needs_kernels
 from models.tiny import LLAMA, NEMOTRON, QWEN, Config, random_tokens, tiny_decoder
 from models.witness import our_logits
@@ -138,8 +139,6 @@ def test_an_embedding_is_the_mean_of_the_hidden_states_and_has_length_one():
     with engine_of(tiny("qwen"), small) as engine:
         heard = ask(engine, Request(prompt=prompt, embeds=True))
         assert heard.finish.reason == "stop"
-    from freehold.models.layout import Layout
-
     mean_D = tiny("qwen")(torch.tensor(prompt), Layout.packed([len(prompt)])).double().mean(dim=0)
     (embedding,) = [event.embedding for event in heard.events]
     assert embedding == pytest.approx((mean_D / mean_D.norm()).tolist(), abs=1e-5)

@@ -312,7 +312,7 @@ def test_max_tokens_is_needed():
 
 def test_model_of_another_name_is_not_found():
     with client_of(ScriptedAnswers(ended())) as client, pytest.raises(anthropic.NotFoundError) as caught:
-        ask(client, model="claude")
+        ask(client, model="another")
     assert caught.value.body["error"]["type"] == "not_found_error"
 
 

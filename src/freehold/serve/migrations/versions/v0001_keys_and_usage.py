@@ -32,8 +32,3 @@ def upgrade() -> None:
         sql.Column("completion_tokens", sql.BigInteger, nullable=False, server_default="0"),
         sql.Column("reserved_tokens", sql.BigInteger, nullable=False, server_default="0"),
     )
-
-
-def downgrade() -> None:
-    """Refuse: keys are not thrown away."""
-    raise NotImplementedError("there is no way back before the first tables")
