@@ -6,7 +6,8 @@
     │   ├── CheckpointMismatch  tensors and model do not fit each other
     │   ├── UnsupportedModel  a valid file of a model, or of a feature, that Freehold does not implement
     │   ├── BadTemplate       a chat template that fails or leaves its budget
-    │   ├── BadRequest        a request that cannot be run: sampling values, messages, prompt length
+    │   ├── BadRequest        a request that cannot be run: sampling values, messages
+    │   │   └── TooLong       its prompt and answer have more tokens than there is room for
     │   └── NotFound          no such file, model or catalogue name
     ├── CheckFailed           a law of the design does not hold for a model; the command line exits with 1
     ├── Overloaded            the engine has as much waiting as it may have
@@ -53,6 +54,10 @@ class BadTemplate(BadInput):
 
 class BadRequest(BadInput):
     """A request that cannot be run."""
+
+
+class TooLong(BadRequest):
+    """A prompt, with the answer that is wanted, has more tokens than there is room for."""
 
 
 class NotFound(BadInput):

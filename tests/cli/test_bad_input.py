@@ -112,7 +112,7 @@ def test_a_template_that_leaves_its_budget(tmp_path, template):
 
 def test_a_prompt_longer_than_the_context(folder):
     ended = call("run", folder, "word " * 100)
-    assert_refused(ended, "BadRequest")
+    assert_refused(ended, "TooLong")
     assert "context is 256" in ended.err
 
 

@@ -88,7 +88,7 @@ def test_the_model_sees_the_conversation_and_its_commands_change_it(folder, tmp_
 def test_a_message_that_does_not_fit_is_withdrawn_and_the_next_is_answered(folder, tmp_path):
     saved = tmp_path / "talk.json"
     ended = call("chat", folder, "--max-tokens", 2, stdin=f"{'word ' * 100}\nhi\n/save {saved}\n")
-    assert "BadRequest: the prompt has" in ended.err
+    assert "TooLong: the prompt has" in ended.err
     assert "cut after 0" not in ended.err
     assert "[2 tokens, " in ended.err
     assert [m["content"] for m in json.loads(saved.read_text())["messages"]][:1] == ["hi"]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from freehold.engine.draw import Place, draw
 from freehold.engine.request import SamplingParams
-from freehold.errors import BadInput, BadRequest
+from freehold.errors import BadInput, BadRequest, TooLong
 from freehold.models.decoder import Decoder
 from freehold.models.layout import Capacity, Layout, PagedKV, States
 
@@ -97,7 +97,7 @@ def check_prompt(decoder: Decoder, prompt: Sequence[int], *, room_tokens: int) -
     if len(prompt) == 0:
         raise BadRequest("the prompt is empty")
     if len(prompt) + room_tokens > limit:
-        raise BadRequest(
+        raise TooLong(
             f"the prompt has {len(prompt)} tokens, the model's context is {limit} with room for an answer",
             hint="shorten the prompt, or start a new conversation",
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from freehold.engine.pool import Pool
 from freehold.engine.request import Finish, Request
 from freehold.engine.sequence import Sequence
-from freehold.errors import BadRequest, Overloaded
+from freehold.errors import Overloaded, TooLong
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class Scheduler:
         return len(self._running)
 
     def add(self, request: Request, *, now_s: float) -> Sequence:
-        """Take a request in; it waits. Raises: BadRequest where it can never run, Overloaded where too many wait."""
+        """Take a request in; it waits. Raises: TooLong where it can never run, Overloaded where too many wait."""
         num_tokens = self.longest_answer(request)
         if len(self._waiting) >= self.limits.max_waiting:
             raise Overloaded(f"{len(self._waiting)} requests are waiting", hint="try again later")
@@ -95,12 +95,12 @@ class Scheduler:
         return sequence
 
     def longest_answer(self, request: Request) -> int:
-        """Return the tokens that an answer may have, at most. Raises: BadRequest where there is no room for one."""
+        """Return the tokens that an answer may have, at most. Raises: TooLong where there is no room for one."""
         longest, prompt = self.limits.longest, len(request.prompt)
         least = 0 if request.embeds else request.sampling.max_tokens or 1
         if prompt + least > longest:
             answer = f" and an answer of up to {least}" if least else ""
-            raise BadRequest(
+            raise TooLong(
                 f"the prompt has {prompt} tokens{answer}, there is room for {longest} in all",
                 hint="shorten the prompt or max_tokens",
             )

@@ -21,7 +21,7 @@ class Sequence:
     request: Request
     num_tokens: int  # of the answer, at most
     submitted_s: float
-    known: list[int] = field(default_factory=list)
+    known: list[int] = field(init=False)
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
     slot: int | None = None

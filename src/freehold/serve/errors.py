@@ -4,7 +4,6 @@ What a client reads never holds a path, an address, a prompt or a traceback; the
 """
 
 import logging
-import re
 import uuid
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -16,15 +15,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from freehold.errors import BadInput, BadRequest, Draining, FreeholdError, Overloaded, TimedOut
+from freehold.errors import BadInput, BadRequest, Draining, FreeholdError, Overloaded, TimedOut, TooLong
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "x-request-id"
 ANTHROPIC_PATH = "/v1/messages"
 CLIENT_GONE = 499  # nobody reads it; for the metrics
-# How the engine says that a prompt and its answer are too long.
-TOO_LONG = re.compile(r"^the prompt has \d+ tokens")
 # How pydantic says that a body is missing, or is no object.
 NO_OBJECT = {"missing", "model_type", "model_attributes_type", "dict_type"}
 
@@ -74,7 +71,7 @@ def failure_of(error: Exception) -> Failure:
         case TimedOut():
             return Failure(status=504, message=_line(error), code=CODES[504])
         case BadInput():
-            code = "context_length_exceeded" if TOO_LONG.match(error.message) else None
+            code = "context_length_exceeded" if isinstance(error, TooLong) else None
             return Failure(status=400, message=_line(error), code=code)
         case FreeholdError():
             return Failure(status=500, message=_line(error))
