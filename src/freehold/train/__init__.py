@@ -1,0 +1,1 @@
+"""Training: data, steps and schedules. Recipes put them together."""
