@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from freehold.models.layout import Layout
-
-# The label of a token whose successor is not trained on.
-IGNORED = -100
+from freehold.ops.loss import IGNORED
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

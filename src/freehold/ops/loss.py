@@ -1,0 +1,104 @@
+"""What a model pays for the tokens that came: cross-entropy straight from hidden states, a chunk of logits at a time.
+
+Belongs here: the loss of next tokens and their log-probabilities. Not here: what is averaged over which tokens.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from freehold.ops.linear import linear, linear_reference
+from freehold.ops.weight import Weight, dense
+
+# The label of a token whose successor counts for nothing; the one that torch ignores.
+IGNORED = -100
+
+# What the float32 logits of one chunk may take; several copies of them live at once.
+CHUNK_BYTES = 64 << 20
+
+
+def linear_cross_entropy_reference(hidden_TD: Tensor, head: Weight, labels_T: Tensor) -> Tensor:
+    """Return the sum over labels of -log softmax(hidden @ head.T)[label], float32; IGNORED labels add nothing."""
+    logits_TV = linear_reference(hidden_TD, head).float()
+    return functional.cross_entropy(logits_TV, labels_T, ignore_index=IGNORED, reduction="sum")
+
+
+def linear_cross_entropy(hidden_TD: Tensor, head: Weight, labels_T: Tensor) -> tuple[Tensor, int]:
+    """Return `linear_cross_entropy_reference` of the same arguments, and how many labels it is the sum over.
+
+    Logits [T, V] never exist: a chunk of rows at a time they become a loss and, where one is wanted, at once the
+    gradient. Rows of IGNORED labels are left out before the product.
+    Shapes: head [V, D].
+    Precision: logits are those of serving, rounded to the dtype of hidden_TD; softmax and sum are float32, as is the
+        sum over chunks of the head's gradient, which bfloat16 would spoil in long runs.
+    """
+    rows_S = (labels_T != IGNORED).nonzero()[:, 0]
+    hidden_SD, labels_S = hidden_TD[rows_S], labels_T[rows_S]
+    total: Tensor = _LinearCrossEntropy.apply(hidden_SD, head, labels_S)  # type: ignore[no-untyped-call]
+    return total, len(rows_S)
+
+
+def token_logprobs(hidden_TD: Tensor, head: Weight, labels_T: Tensor) -> Tensor:
+    """Return the log-probability of each label among the whole vocabulary, float64 [T]; 0 for IGNORED.
+
+    Precision: the softmax is float64, as that of an answer's scores in serving: the same bits.
+    """
+    logprobs_T = hidden_TD.new_zeros(len(labels_T), dtype=torch.float64)
+    rows_S = (labels_T != IGNORED).nonzero()[:, 0]
+    parts = [
+        checkpoint(_chunk_logprobs, rows_SD, head, labels_S, use_reentrant=False, preserve_rng_state=False)
+        for rows_SD, labels_S in _chunks(hidden_TD[rows_S], labels_T[rows_S], head)
+    ]
+    return logprobs_T.index_copy(0, rows_S, torch.cat(parts)) if parts else logprobs_T
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The loss; its gradient is made beside it, for both need the same logits."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_SD: Tensor, head: Weight, labels_S: Tensor) -> Tensor:
+        wants_hidden, wants_head, _ = ctx.needs_input_grad
+        hidden_gradients = [torch.zeros_like(hidden_SD[:0])]
+        head_gradient = torch.zeros(head.shape, device=hidden_SD.device) if wants_head else None
+        total = torch.zeros((), device=hidden_SD.device)
+        for rows_SD, rows_S in _chunks(hidden_SD, labels_S, head):
+            logprobs_SV = linear(rows_SD, head).float().log_softmax(dim=-1)
+            total -= logprobs_SV.gather(1, rows_S[:, None]).sum()
+            if wants_hidden or head_gradient is not None:
+                gradient_SV = _gradient(logprobs_SV, rows_S).to(rows_SD.dtype)
+            if wants_hidden:
+                hidden_gradients.append(gradient_SV @ dense(head, rows_SD.dtype))
+            if head_gradient is not None:
+                head_gradient += gradient_SV.T @ rows_SD
+        hidden_gradient = torch.cat(hidden_gradients) if wants_hidden else None
+        ctx.gradients, ctx.head_dtype = (hidden_gradient, head_gradient), getattr(head, "dtype", None)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,), (hidden, head) = gradients, ctx.gradients
+        return (
+            None if hidden is None else (hidden.float() * scale).to(hidden.dtype),  # bfloat16 would round the scale
+            None if head is None else (head * scale).to(ctx.head_dtype),
+            None,
+        )
+
+
+def _chunks(hidden_SD: Tensor, labels_S: Tensor, head: Weight) -> list[tuple[Tensor, Tensor]]:
+    num_rows = max(1, CHUNK_BYTES // (4 * head.shape[0]))
+    return list(zip(hidden_SD.split(num_rows), labels_S.split(num_rows), strict=True)) if len(labels_S) else []
+
+
+def _gradient(logprobs_SV: Tensor, labels_S: Tensor) -> Tensor:
+    """Return softmax(logits) - one-hot(labels), the gradient of the sum of losses. Mutates: logprobs_SV."""
+    gradient_SV = logprobs_SV.exp_()
+    gradient_SV[torch.arange(len(labels_S), device=labels_S.device), labels_S] -= 1.0
+    return gradient_SV
+
+
+def _chunk_logprobs(hidden_SD: Tensor, head: Weight, labels_S: Tensor) -> Tensor:
+    logprobs_SV = linear(hidden_SD, head).float().double().log_softmax(dim=-1)
+    return logprobs_SV.gather(1, labels_S[:, None])[:, 0]
