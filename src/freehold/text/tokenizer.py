@@ -119,6 +119,11 @@ class Tokenizer:
         """Return the ids of a user's words: nothing in them is a special token, and nothing is added."""
         return _encode(self._plain_core, text)
 
+    def normalized(self, text: str) -> str:
+        """Return the text that is split into tokens: Qwen's tokenizer composes characters first."""
+        normalizer = self._core.normalizer
+        return text if normalizer is None else normalizer.normalize_str(text)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids, special tokens included; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
