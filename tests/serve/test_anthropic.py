@@ -248,8 +248,8 @@ REFUSED = {
         {"messages": [*QUESTION, ASKED, {"role": "user", "content": [{"type": "text", "text": "x"}, RESULT]}]},
         "messages[2].content[1]: a tool_result has to come before any text",
     ),
-    "no result": ({"messages": [*QUESTION, ASKED, *QUESTION]}, "'toolu_1' has no result"),
-    "stray result": ({"messages": [{"role": "user", "content": [RESULT]}]}, "no call with the id 'toolu_1'"),
+    "no result": ({"messages": [*QUESTION, ASKED, *QUESTION]}, "a call has no result"),
+    "stray result": ({"messages": [{"role": "user", "content": [RESULT]}]}, "no call with this id"),
     "two results": ({"messages": [*QUESTION, ASKED, {"role": "user", "content": [RESULT, RESULT]}]}, "second result"),
     "same call twice": (
         {"messages": [*QUESTION, {"role": "assistant", "content": ASKED["content"] * 2}, *QUESTION]},

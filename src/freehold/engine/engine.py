@@ -20,7 +20,7 @@ from freehold.engine.request import Event, Finish, Request, Score
 from freehold.engine.runner import Outcome, Runner
 from freehold.engine.scheduler import Limits, Plan, Run, Scheduler
 from freehold.engine.sequence import Sequence
-from freehold.errors import BadRequest, Draining
+from freehold.errors import BadRequest, Draining, EngineFailed
 from freehold.models.layout import Capacity
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Engine:
         self._told: dict[Sequence, _Told] = {}
         self._cancelled: set[int] = set()
         self._changed = threading.Condition()  # guards the scheduler and all of the above
-        self._is_draining = self._is_closed = False
+        self._is_draining = self._is_closed = self._has_failed = False
         self._num_steps = self._prompt_tokens = self._generated_tokens = 0
         self._step_s = self._busy_s = 0.0
         self._num_threads = torch.get_num_threads()
@@ -95,12 +95,14 @@ class Engine:
         """Take a request in and return its number. Any thread may call this.
 
         listener: called with each event, on the engine's thread, which waits for it: it has to be quick.
-        Raises: BadRequest, Overloaded, Draining; then nothing has been taken in.
+        Raises: BadRequest, Overloaded, Draining, EngineFailed; then nothing has been taken in.
         """
         check_prompt(self.model.decoder, request.prompt, room_tokens=0)
         if request.weight <= 0:
             raise BadRequest(f"a weight of {request.weight} is no share")
         with self._changed:
+            if self._has_failed:
+                raise EngineFailed("the engine broke and runs nothing more; its log says why")
             if self._is_draining or self._is_closed:
                 raise Draining("the server is about to stop", hint="ask another one, or again in a minute")
             sequence = self._scheduler.add(request, now_s=time.monotonic())
@@ -133,6 +135,11 @@ class Engine:
         """Whether a request would be taken in."""
         return self._thread.is_alive() and not (self._is_draining or self._is_closed)
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the engine broke, so that nothing will run any more."""
+        return self._has_failed
+
     def stats(self) -> EngineStats:
         """Return the counts of now. Any thread may call this."""
         scheduler = self._scheduler
@@ -157,13 +164,11 @@ class Engine:
             self._run_until_closed()
         except BaseException:
             logger.critical("the engine broke; nothing more will run", exc_info=True)
-            raise
-        finally:
-            with self._changed:
-                finish = STOPPED if self._is_closed else FAILED
-                self._is_closed = True
-                for sequence in list(self._told):
-                    self._end(sequence, finish)
+            self._has_failed = True
+        with self._changed:
+            self._is_closed = True
+            for sequence in list(self._told):
+                self._end(sequence, FAILED if self._has_failed else STOPPED)
 
     def _run_until_closed(self) -> None:
         while not self._is_closed:

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -16,7 +17,7 @@ from freehold import __version__
 from freehold.serve import anthropic, embeddings, metrics, models, openai_chat, openai_completions, responses
 from freehold.serve.answers import Answers
 from freehold.serve.auth import Guard
-from freehold.serve.configuration import PAGE, ServeSettings
+from freehold.serve.configuration import PAGE, PAGE_PATHS, ServeSettings
 from freehold.serve.errors import REQUEST_ID_HEADER, answer_errors, request_id_of
 from freehold.serve.limits import Limited
 from freehold.serve.metrics import Meters, metered
@@ -52,7 +53,9 @@ def build_app(answers: Answers, *, guard: Guard | None = None, settings: ServeSe
     for dialect in DIALECTS:
         app.include_router(dialect.routes(measured))
     app.include_router(metrics.routes(meters))
-    app.mount("/", Page(directory=PAGE, html=True), name="page")
+    page = Page(directory=PAGE, html=True)
+    # Each file by its path: a page for every path would take what other routes refuse by their method.
+    app.routes.extend(Route(path, page, methods=["GET"]) for path in PAGE_PATHS)
     return app
 
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from freehold.serve.caller import Caller
-from freehold.serve.configuration import PAGE
+from freehold.serve.configuration import PAGE_PATHS
 from freehold.serve.database import DatabaseFailed
 from freehold.serve.errors import CODES, Failure, error_response, request_id_of
 from freehold.serve.keys import TOKEN, Key, Keys
@@ -23,7 +23,7 @@ from freehold.serve.rates import Rates
 logger = logging.getLogger(__name__)
 
 # Answer anybody: whether the server lives, and the page, which asks for the key itself and knows nothing without it.
-OPEN_PATHS = frozenset({"/health", "/", *(f"/{file.name}" for file in PAGE.iterdir())})
+OPEN_PATHS = frozenset({"/health", *PAGE_PATHS})
 # Routes that ask for another scope than "infer", with all below them.
 SCOPES_OF_PATHS = {"/metrics": "metrics", "/admin": "admin"}
 HOST = re.compile(r"(localhost|[0-9.]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?", re.ASCII | re.IGNORECASE)

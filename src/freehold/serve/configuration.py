@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PAGE = Path(__file__).parent / "static"  # the files of the chat page
+PAGE_PATHS = ("/", *sorted(f"/{file.name}" for file in PAGE.iterdir()))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ What a client reads never holds a path, an address, a prompt or a traceback; the
 import logging
 import uuid
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,13 +15,23 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from freehold.errors import BadInput, BadRequest, Draining, FreeholdError, Overloaded, TimedOut, TooLong
+from freehold.errors import (
+    BadRequest,
+    BadTemplate,
+    Draining,
+    EngineFailed,
+    FreeholdError,
+    Overloaded,
+    TimedOut,
+    TooLong,
+)
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "x-request-id"
 ANTHROPIC_PATH = "/v1/messages"
 CLIENT_GONE = 499  # nobody reads it; for the metrics
+SEE_LOG = "its log says more under the request's id"
 # How pydantic says that a body is missing, or is no object.
 NO_OBJECT = {"missing", "model_type", "model_attributes_type", "dict_type"}
 
@@ -48,13 +58,14 @@ class Refused(BadRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """What a client is told. retry_after_s: when it is worth asking again."""
+    """What a client is told. retry_after_s: when it is worth asking again. headers: further ones."""
 
     status: int
     message: str
     param: str | None = None
     code: str | None = None
     retry_after_s: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 def failure_of(error: Exception) -> Failure:
@@ -70,16 +81,21 @@ def failure_of(error: Exception) -> Failure:
             return Failure(status=503, message=_line(error), code=CODES[503], retry_after_s=5)
         case TimedOut():
             return Failure(status=504, message=_line(error), code=CODES[504])
-        case BadInput():
+        case BadRequest():
             code = "context_length_exceeded" if isinstance(error, TooLong) else None
             return Failure(status=400, message=_line(error), code=code)
-        case FreeholdError():
+        case BadTemplate():
+            return Failure(status=500, message=f"this model's chat template fails at these messages; {SEE_LOG}")
+        case EngineFailed():
             return Failure(status=500, message=_line(error))
         case RequestValidationError():
             return _failure_of_validation(error)
         case HTTPException():
-            return Failure(status=error.status_code, message=str(error.detail), code=CODES.get(error.status_code))
-    return Failure(status=500, message="the server failed at this request; its log says more under the request's id")
+            code = CODES.get(error.status_code)
+            return Failure(
+                status=error.status_code, message=str(error.detail), code=code, headers=dict(error.headers or {})
+            )
+    return Failure(status=500, message=f"the server failed at this request; {SEE_LOG}")
 
 
 def error_body(path: str, failure: Failure, request_id: str) -> dict[str, Any]:
@@ -102,7 +118,7 @@ def _printable(text: str | None) -> str | None:
 def error_response(scope: MutableMapping[str, Any], failure: Failure) -> JSONResponse:
     """Return a failure as the response to a request."""
     request_id = request_id_of(scope)
-    headers = {REQUEST_ID_HEADER: request_id}
+    headers = {**failure.headers, REQUEST_ID_HEADER: request_id}
     if failure.retry_after_s is not None:
         headers["retry-after"] = str(failure.retry_after_s)
     return JSONResponse(error_body(scope["path"], failure, request_id), failure.status, headers)
@@ -119,19 +135,18 @@ def answer_errors(app: FastAPI) -> None:
     """Have every error of an app answered in the shape of the API. Mutates: app."""
 
     async def respond(request: Request, error: Exception) -> Response:
-        return error_response(request.scope, failure_of(error))
-
-    async def respond_to_bug(request: Request, error: Exception) -> Response:
-        logger.error("request %s failed: %s", request_id_of(request.scope), type(error).__name__)
-        return await respond(request, error)  # whoever called raises it again, so that it is logged as a whole
+        failure = failure_of(error)
+        if failure.status == 500:
+            logger.error("request %s failed: %r", request_id_of(request.scope), error)
+        return error_response(request.scope, failure)
 
     async def respond_to_nobody(request: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_GONE)
 
-    for kind in (FreeholdError, RequestValidationError, HTTPException):
+    # What nobody raised on purpose is answered like the rest, and raised again, so that it is logged as a whole.
+    for kind in (FreeholdError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, respond)
     app.add_exception_handler(ClientDisconnect, respond_to_nobody)
-    app.add_exception_handler(Exception, respond_to_bug)
 
 
 def _line(error: FreeholdError) -> str:

@@ -77,8 +77,8 @@ def _add_status(router: APIRouter, answers: Answers) -> None:
 
     @router.get("/health", responses=responses, response_class=JSONResponse)
     async def health() -> Response:
-        """Whether this process answers at all."""
-        return _status("ok", 200)
+        """Whether this process can answer: not once its engine has broken, which only a new start mends."""
+        return _status("failed", 503) if answers.engine.has_failed else _status("ok", 200)
 
     @router.get("/ready", responses=responses, response_class=JSONResponse)
     async def ready() -> Response:

@@ -15,7 +15,6 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from freehold.errors import FreeholdError
 from freehold.serve.configuration import ServeSettings
 from freehold.serve.errors import error_body, failure_of, request_id_of
 
@@ -89,9 +88,10 @@ class EventStream(Response):
         except Exception as error:
             if not self._is_started:
                 raise
-            if not isinstance(error, FreeholdError):
-                logger.exception("request %s failed in its stream", request_id_of(scope))
-            body = error_body(scope["path"], failure_of(error), request_id_of(scope))
+            failure, request_id = failure_of(error), request_id_of(scope)
+            if failure.status == 500:
+                logger.exception("request %s failed in its stream", request_id)
+            body = error_body(scope["path"], failure, request_id)
             await self._send(send, self._error_line(body))
         await self._send(send, "", ends=True)
 

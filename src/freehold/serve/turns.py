@@ -43,16 +43,16 @@ class Turns:
         """Add a call by the assistant; its arguments are an object, or JSON in a string. Raises: BadRequest."""
         self._continue()
         if call_id in self._calls:
-            raise BadRequest(f"{where}: a second call with the id {call_id!r:.60}")
+            raise BadRequest(f"{where}: a second call with the id of another")
         function = {"name": name, "arguments": arguments}
         self._calls[call_id] = {"id": call_id, "type": "function", "function": function}
 
     def result(self, call_id: str, text: str, *, where: str) -> None:
         """Add what a call returned. Raises: BadRequest where the message before has no such call, or has its result."""
         if call_id not in self._calls:
-            raise BadRequest(f"{where}: no call with the id {call_id!r:.60} directly before this result")
+            raise BadRequest(f"{where}: no call with this id directly before the result")
         if call_id in self._results:
-            raise BadRequest(f"{where}: a second result of the call {call_id!r:.60}")
+            raise BadRequest(f"{where}: a second result of the same call")
         self._results[call_id] = text
 
     def messages(self) -> list[dict[str, Any]]:
@@ -70,9 +70,7 @@ class Turns:
             self._messages.append(self._assistant())
         for call_id in self._calls:
             if call_id not in self._results:
-                raise BadRequest(
-                    f"the call {call_id!r:.60} has no result directly after it", hint="results come before any text"
-                )
+                raise BadRequest("a call has no result directly after it", hint="results come before any text")
             self._messages.append({"role": "tool", "tool_call_id": call_id, "content": self._results[call_id]})
         self._reasoning, self._texts, self._calls, self._results = [], [], {}, {}
 

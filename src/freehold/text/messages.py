@@ -113,5 +113,22 @@ def _is_list(value: Any) -> bool:
 
 
 def _refuse(where: str, seen: Any, wanted: str) -> NoReturn:
-    shown = repr(seen)
-    raise BadRequest(f"{where}: {shown if len(shown) <= 60 else shown[:60] + '...'} where {wanted} is wanted")
+    """Say what kind of value was seen, and never the value: errors travel further than conversations should."""
+    raise BadRequest(f"{where}: {_kind(seen)} where {wanted} is wanted")
+
+
+def _kind(value: Any) -> str:
+    match value:
+        case None:
+            return "nothing"
+        case bool():
+            return "true or false"
+        case str():
+            return "another text"
+        case int() | float():
+            return "a number"
+        case Mapping():
+            return "another object"
+        case list() | tuple():
+            return "another list"
+    return f"a {type(value).__name__}"

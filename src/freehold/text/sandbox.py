@@ -65,7 +65,7 @@ class Sandbox:
         if "text" in reply:
             return reply["text"]
         if "refusal" in reply:
-            raise BadRequest(f"the chat template refuses these messages: {_one_line(reply['refusal'])}")
+            raise BadRequest(f"the chat template refuses these messages{_own_words(reply['refusal'], source)}")
         if "budget" in reply:
             raise BadTemplate(f"the chat template leaves its budget: {self._budget_line(reply['budget'])}", hint=HINT)
         raise BadTemplate(f"the chat template fails: {_one_line(reply['broken'])}", hint=HINT)
@@ -176,6 +176,11 @@ def _write(descriptor: int, unsent: memoryview) -> int:
         return os.write(descriptor, unsent)
     except BrokenPipeError:
         raise _Ended from None
+
+
+def _own_words(refusal: str, source: str) -> str:
+    """Return what a template says of itself, and nothing where it puts parts of the messages into its words."""
+    return f": {_one_line(refusal)}" if refusal in source else ""
 
 
 def _one_line(message: str) -> str:
