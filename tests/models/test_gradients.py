@@ -6,6 +6,7 @@ from torch.nn.functional import cross_entropy
 
 from freehold.evaluate.laws import relative_difference
 from freehold.models.layout import Layout
+from models.forms import running, same_bits
 from models.tiny import CONFIGS, LLAMA, NEMOTRON, QWEN, random_tokens, tiny_decoder
 
 LENGTH = 12
@@ -121,3 +122,32 @@ def test_a_gradient_may_follow_a_forward_in_inference_mode():
         decoder(tokens_L, Layout.packed([LENGTH]))
     loss_of(decoder, tokens_L, Layout.packed([LENGTH]), tokens_L).backward()
     assert decoder.blocks[0].mixer.q_proj.weight.grad.count_nonzero() > 0
+
+
+@ALL
+def test_blocks_that_compute_once_more_have_the_same_gradients(config):
+    gradients = []
+    for recomputes in (False, True):
+        decoder, tokens_L = tiny_decoder(config).requires_grad_(True), random_tokens(LENGTH)
+        for block in decoder.blocks:
+            block.recomputes = recomputes
+        with running("off"):
+            loss_of(decoder, tokens_L, Layout.packed([5, LENGTH - 5]), tokens_L.roll(-1)).backward()
+        gradients.append({name: p.grad for name, p in decoder.named_parameters() if p.grad is not None})
+    kept, recomputed = gradients
+    assert kept.keys() == recomputed.keys()
+    assert [name for name in kept if not same_bits(kept[name], recomputed[name])] == []
+
+
+def num_kept(*, recomputes: bool) -> int:
+    """Return how many activations a block keeps for its gradient."""
+    block, saved = tiny_decoder(NEMOTRON).requires_grad_(True).blocks[0], []
+    block.recomputes = recomputes
+    with running("off"), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        block(torch.randn(LENGTH, 32), Layout.packed([LENGTH]), None)
+    return sum(t.numel() for t in saved if not isinstance(t, torch.nn.Parameter))
+
+
+def test_a_block_that_computes_once_more_keeps_its_input_alone():
+    assert num_kept(recomputes=False) > 5 * LENGTH * 32
+    assert num_kept(recomputes=True) <= LENGTH * 32

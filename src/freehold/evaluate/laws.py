@@ -15,7 +15,7 @@ from torch import Tensor
 
 from freehold.models.block import Block
 from freehold.models.decoder import Decoder
-from freehold.models.layout import Capacity, Layout, PagedKV, Recurrent
+from freehold.models.layout import Capacity, Layout, PagedKV, Recurrent, State
 from freehold.models.names import TensorNames
 from freehold.models.spec import MoeSpec
 from freehold.ops.attention import PAGE_TOKENS
@@ -257,14 +257,14 @@ def _scattered_pages(counts: Sequence[int]) -> list[list[int]]:
     return pages
 
 
-def _state_parts(state: PagedKV | Recurrent | None, pages: Sequence[int], length: int) -> list[Tensor]:
+def _state_parts(state: State, pages: Sequence[int], length: int) -> list[Tensor]:
     """Return what one block keeps of the last sequence."""
     match state:
         case PagedKV():
             return [part[:length] for part in state.read(pages)]
         case Recurrent():
             return [state.conv_tail[-1], state.ssm[-1]]
-        case None:
+        case _:
             return []
 
 

@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from freehold.models.attention import Attention
-from freehold.models.layout import Layout, State, allocate_state
+from freehold.models.layout import ExpertLoad, Layout, State, allocate_state
 from freehold.models.mamba2 import Mamba2
 from freehold.models.mlp import GatedMlp, SquaredReluMlp, build_mlp
 from freehold.models.moe import Moe
@@ -35,7 +36,13 @@ class RmsNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x))."""
+    """x + mixer(norm(x)).
+
+    recomputes: whether a gradient is made from the block's input alone, by computing the block once more, instead of
+        from all that it computed; the kernels always do that.
+    """
+
+    recomputes = False
 
     def __init__(self, spec: BlockSpec, width: int, *, norm_eps: float, norm_order: NormOrder):
         super().__init__()
@@ -48,8 +55,12 @@ class Block(nn.Module):
 
         Mutates: `state`; hidden_TD too, where no gradient is wanted.
         """
+        if isinstance(state, ExpertLoad):  # here, where a block passes once, whatever is computed again later
+            assert isinstance(self.mixer, Moe), "only experts have a load"
+            self.mixer.add_load(self.norm(hidden_TD), layout, state)
+            state = None
         if not (is_native(hidden_TD) and self.is_native()):
-            return self.reference(hidden_TD, layout, state)
+            return self._reference(hidden_TD, layout, state)
         parameters = tuple(self.parameters())
         if not wants_gradient(hidden_TD, *parameters):
             return self._run(hidden_TD, layout, state)
@@ -65,6 +76,15 @@ class Block(nn.Module):
         """Return the block's output [T, D] as its ops give it one by one: the twin of the native call."""
         mixed_TD = self.mixer(self.norm(hidden_TD), layout, state)
         return hidden_TD + mixed_TD if mixed_TD.requires_grad else mixed_TD.add_(hidden_TD)
+
+    def _reference(self, hidden_TD: Tensor, layout: Layout, state: State) -> Tensor:
+        if not (self.recomputes and wants_gradient(hidden_TD, *self.parameters())):
+            return self.reference(hidden_TD, layout, state)
+        assert state is None, "states carry no gradient"
+        out_TD: Tensor = checkpoint(
+            self.reference, hidden_TD, layout, None, use_reentrant=False, preserve_rng_state=False
+        )
+        return out_TD
 
     def is_native(self) -> bool:
         """Return whether kernels can take this block."""

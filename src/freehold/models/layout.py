@@ -1,6 +1,7 @@
 """How packed tokens divide into sequences, and the states that those sequences carry between steps.
 
-Belongs here: `Layout`, `PagedKV`, `Recurrent`, and what allocates and measures states. Not here: who runs when.
+Belongs here: `Layout`; `PagedKV`, `Recurrent` and `ExpertLoad`, and what allocates and measures states. Not here: who
+runs when.
 """
 
 from collections.abc import Sequence
@@ -225,7 +226,18 @@ class Recurrent:
     ssm: Tensor
 
 
-State = PagedKV | Recurrent | None
+@dataclass(kw_only=True)
+class ExpertLoad:
+    """What the tokens of a training step asked of one block of experts; every forward that is given it adds to it.
+
+    counts: int64 [E], tokens that chose each expert. balance: the sum over tokens of `ops.moe.balance_loss`.
+    """
+
+    counts: Tensor
+    balance: Tensor
+
+
+State = PagedKV | Recurrent | ExpertLoad | None
 
 
 class States(tuple[State, ...]):

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from freehold.models.layout import Layout
+from freehold.models.layout import ExpertLoad, Layout
 from freehold.models.linear import Linear, float32_parameter
 from freehold.models.mlp import SquaredReluMlp
 from freehold.models.spec import MoeSpec
 from freehold.ops.mixers import MAX_EXPERTS, Norm, Program, can_run
-from freehold.ops.moe import mix_experts, route
+from freehold.ops.moe import balance_loss, mix_experts, route, router_scores
 from freehold.ops.weight import Weight, dense
 
 
@@ -49,16 +49,7 @@ class Moe(nn.Module):
     def forward(self, hidden_TD: Tensor, layout: Layout, state: None) -> Tensor:
         """Return the mixed tokens [T, D]; each token on its own."""
         spec = self.spec
-        experts_TX, weights_TX = route(
-            hidden_TD,
-            self.gate.weight,
-            self.gate.e_score_correction_bias,
-            num_chosen=spec.num_chosen,
-            num_groups=spec.num_groups,
-            num_chosen_groups=spec.num_chosen_groups,
-            normalize_weights=spec.normalize_weights,
-            scale=spec.scale,
-        )
+        experts_TX, weights_TX = self._route(hidden_TD)
         input_TZ = self.fc1_latent_proj(hidden_TD) if spec.latent_width else hidden_TD
         mixed_TZ = mix_experts(
             input_TZ,
@@ -69,6 +60,13 @@ class Moe(nn.Module):
         )
         mixed_TD = self.fc2_latent_proj(mixed_TZ) if spec.latent_width else mixed_TZ
         return mixed_TD + self.shared_experts(hidden_TD, layout, state)
+
+    def add_load(self, hidden_TD: Tensor, layout: Layout, load: ExpertLoad) -> None:
+        """Add what tokens ask of the experts, as the reference of the router chooses. Mutates: load."""
+        experts_TX, _ = self._route(hidden_TD)
+        scores_TE = router_scores(hidden_TD, self.gate.weight)
+        load.counts = load.counts + experts_TX.flatten().bincount(minlength=self.spec.num_experts)
+        load.balance = load.balance + balance_loss(scores_TE, experts_TX, spans=layout.spans)
 
     def is_native(self) -> bool:
         """Return whether kernels can take this mixer."""
@@ -97,6 +95,19 @@ class Moe(nn.Module):
             shared_down=self.shared_experts.down_proj.weight,
             latent_in=latent_in,
             latent_out=latent_out,
+        )
+
+    def _route(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+        spec = self.spec
+        return route(
+            hidden_TD,
+            self.gate.weight,
+            self.gate.e_score_correction_bias,
+            num_chosen=spec.num_chosen,
+            num_groups=spec.num_groups,
+            num_chosen_groups=spec.num_chosen_groups,
+            normalize_weights=spec.normalize_weights,
+            scale=spec.scale,
         )
 
     def _latent(self) -> tuple[Weight | None, Weight | None]:

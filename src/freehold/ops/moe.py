@@ -1,8 +1,10 @@
-"""Mixture of experts: the choice of experts, and the sum of what they say.
+"""Mixture of experts: the choice of experts, the sum of what they say, and how even the choice is.
 
 Paper: DeepSeek-V3 technical report, 2024, arXiv 2412.19437, section 2.1.2 (sigmoid router with a correction bias,
 group-limited choice); LatentMoE is arXiv 2512.20856, and concerns only the width that `mix_experts` is given.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ def route(
     Shapes: experts [T, X] int64, weights [T, X] float32.
     Precision: float32, for the correction sits near a large common offset that bfloat16 would erase.
     """
-    scores_TE = torch.sigmoid(linear(hidden_TD.float(), gate_ED.float()))
+    scores_TE = router_scores(hidden_TD, gate_ED)
     corrected_TE = scores_TE + correction_E.float()
     if num_groups > 1:
         corrected_TE = _keep_best_groups(corrected_TE, num_groups, num_chosen_groups)
@@ -40,6 +42,31 @@ def route(
     if normalize_weights:
         weights_TX = weights_TX / (weights_TX.sum(dim=-1, keepdim=True) + 1e-20)
     return experts_TX, weights_TX * scale
+
+
+def router_scores(hidden_TD: Tensor, gate_ED: Tensor) -> Tensor:
+    """Return how well each expert suits each token, [T, E] between 0 and 1, float32."""
+    return torch.sigmoid(linear(hidden_TD.float(), gate_ED.float()))
+
+
+def balance_loss(scores_TE: Tensor, experts_TX: Tensor, *, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """Return the sum over tokens of their sequence's balance loss, float32.
+
+        E / (X L^2) * sum over experts of (choices of it) * (sum over tokens of its share of their scores)
+
+    One where either factor is even over the experts, more where scores follow choices. The gradient flows through the
+    scores alone.
+    spans: the interval of tokens of each sequence, L long.
+    Paper: DeepSeek-V3, section 2.1.2, equations 17 to 20.
+    """
+    num_experts, num_chosen = scores_TE.shape[1], experts_TX.shape[1]
+    shares_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+    losses = []
+    for start, stop in spans:
+        counts_E = experts_TX[start:stop].flatten().bincount(minlength=num_experts)
+        total = (counts_E * shares_TE[start:stop].sum(dim=0)).sum()
+        losses.append(total * (num_experts / (num_chosen * (stop - start))))
+    return torch.stack(losses).sum()
 
 
 def _keep_best_groups(corrected_TE: Tensor, num_groups: int, num_chosen_groups: int) -> Tensor:
