@@ -10,10 +10,12 @@
     │   │   └── TooLong       its prompt and answer have more tokens than there is room for
     │   └── NotFound          no such file, model or catalogue name
     ├── CheckFailed           a law of the design does not hold for a model; the command line exits with 1
+    ├── Diverged              a step of training found no number
     ├── Overloaded            the engine has as much waiting as it may have
     ├── Draining              the engine takes nothing new, for it is about to stop
     ├── TimedOut              a request was not done by its deadline
-    └── EngineFailed          a request failed inside the engine through no fault of its own
+    ├── EngineFailed          a request failed inside the engine through no fault of its own
+    └── DatabaseFailed        the database of keys does not answer; what was asked of it did not happen
 
 A bug in Freehold is an `AssertionError` and never one of these.
 """
@@ -68,6 +70,10 @@ class CheckFailed(FreeholdError):
     """A law of the design does not hold for a model."""
 
 
+class Diverged(FreeholdError):
+    """A step of training found a loss, or a gradient, that is no number."""
+
+
 class Overloaded(FreeholdError):
     """The engine has as much waiting as it may have; later there is room again."""
 
@@ -82,3 +88,7 @@ class TimedOut(FreeholdError):
 
 class EngineFailed(FreeholdError):
     """A request failed inside the engine through no fault of its own."""
+
+
+class DatabaseFailed(FreeholdError):
+    """The database of keys does not answer, or not as it should; what was asked of it did not happen."""

@@ -8,7 +8,8 @@ import pytest
 
 from cli.commands import assert_refused, call
 from freehold.serve.database import Database
-from freehold.serve.keys import Keys, Terms
+from freehold.serve.keys import Keys
+from freehold.serve.terms import Terms
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import pytest
 from cli.commands import TIMEOUT_S, call, spawn
 from cli.folders import write_folder
 from freehold.serve.database import Database
-from freehold.serve.keys import Keys, Terms
+from freehold.serve.keys import Keys
+from freehold.serve.terms import Terms
 from models.tiny import NEMOTRON
 
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0.0}
@@ -33,12 +34,15 @@ def address_of(process) -> str:
 
 
 def test_a_server_says_where_it_is_answers_and_stops_when_told(folder):
-    with serving(folder, "--port", 0, "--memory", 2) as process:
+    with serving(folder, "--port", 0, "--memory", 2, "--alias", "gpt-4o", "--alias", "ours") as process:
         url = address_of(process)
         with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
             assert client.get("/ready").status_code == 200
-            answer = client.post("/v1/chat/completions", json={"model": "tiny", "max_tokens": 8} | HELLO)
-            assert answer.json()["usage"]["completion_tokens"] == 8
+            assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["tiny", "gpt-4o", "ours"]
+            for name in ("tiny", "gpt-4o", "ours"):
+                answer = client.post("/v1/chat/completions", json={"model": name, "max_tokens": 8} | HELLO)
+                assert answer.json()["usage"]["completion_tokens"] == 8
+            assert client.post("/v1/chat/completions", json={"model": "theirs"} | HELLO).status_code == 404
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0

@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -17,8 +19,9 @@ from freehold.serve.auth import OPEN_PATHS, Guard, is_loopback
 from freehold.serve.configuration import PAGE
 from freehold.serve.database import Database, api_keys
 from freehold.serve.errors import answer_errors
-from freehold.serve.keys import Keys, Terms
+from freehold.serve.keys import Keys
 from freehold.serve.rates import Rates
+from freehold.serve.terms import Terms
 from serve.listening import exchange, listening
 
 PATHS = ("/v1/models", "/v1/chat/completions", "/metrics", "/docs", "/openapi.json", "/nowhere", "/health/")
@@ -394,3 +397,8 @@ class _At:
 )
 def test_loopback_is_told_from_the_rest(host, expected):
     assert is_loopback(host) is expected
+
+
+def test_server_without_keys_imports_no_database() -> None:
+    code = "import sys, freehold.serve.app, freehold.serve.auth; sys.exit('sqlalchemy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

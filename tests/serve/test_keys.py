@@ -14,12 +14,13 @@ import sqlalchemy as sql
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
-from freehold.errors import BadInput, NotFound
+from freehold.errors import BadInput, DatabaseFailed, NotFound
 from freehold.serve.caller import Caller
-from freehold.serve.database import Database, DatabaseFailed, metadata
+from freehold.serve.database import Database, metadata
 from freehold.serve.errors import Refused, failure_of
-from freehold.serve.keys import Keys, Terms
+from freehold.serve.keys import Keys
 from freehold.serve.quota import DatabaseQuotas, QuotaSpent
+from freehold.serve.terms import Terms
 from serve.databases import KINDS, new_database
 
 ALL_TERMS = Terms(

@@ -14,8 +14,9 @@ import pytest
 
 from freehold.serve.caller import Caller
 from freehold.serve.database import Database
-from freehold.serve.keys import DayUsage, Keys, Terms
+from freehold.serve.keys import DayUsage, Keys
 from freehold.serve.quota import DatabaseQuotas, QuotaSpent
+from freehold.serve.terms import Terms
 from serve.databases import KINDS, new_database
 
 TESTS = Path(__file__).parent.parent

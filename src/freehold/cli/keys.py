@@ -14,7 +14,8 @@ from freehold.errors import BadRequest
 from freehold.settings import Settings
 
 if TYPE_CHECKING:
-    from freehold.serve.keys import DayUsage, Key, Keys
+    from freehold.serve.keys import DayUsage, Keys
+    from freehold.serve.terms import Key
 
 DURATION = re.compile(r"([0-9]{1,5})([mhdw])", re.ASCII)
 UNITS = {"m": timedelta(minutes=1), "h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
@@ -75,7 +76,7 @@ def add(
       freehold keys add ci --expires 30d --requests-per-minute 60 --tokens-per-day 1000000
       freehold keys add prometheus --scopes metrics
     """
-    from freehold.serve.keys import Terms
+    from freehold.serve.terms import Terms
 
     terms = Terms(
         scopes=frozenset(part.strip() for part in scopes.split(",") if part.strip()),

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import socket
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -20,9 +21,8 @@ from freehold.settings import Settings
 if TYPE_CHECKING:
     from freehold.engine.model import Model
     from freehold.engine.plan import ServingPlan
-
-# Beside what the machine has free: half of it for states, so that others on it have the rest.
-SHARE_FOR_STATES = 0.5
+    from freehold.serve.keys import Keys
+    from freehold.serve.quota import DatabaseQuotas
 
 
 def serve(
@@ -34,6 +34,10 @@ def serve(
     name: Annotated[
         str | None, typer.Option(help="What requests call the model. Without it, its own.", show_default=False)
     ] = None,
+    alias: Annotated[
+        list[str] | None,
+        typer.Option(help="Another name under which it answers; may be given again.", show_default=False),
+    ] = None,
     max_sequences: Annotated[int, typer.Option(min=1, max=1024, help="Requests that run at once.")] = 64,
     context: Annotated[
         int | None, typer.Option(min=16, help="Longest prompt and answer together.", show_default=False)
@@ -42,7 +46,7 @@ def serve(
         float | None,
         typer.Option(
             min=0.1,
-            help="GB for weights, states and work. Without it, half of what is free beside the weights goes to states.",
+            help="GB that the whole process may take. Without it, half of what is free beside the weights goes to states.",
             show_default=False,
         ),
     ] = None,
@@ -67,6 +71,7 @@ def serve(
     \b
       freehold serve smollm2-135m-instruct
       freehold serve model.gguf --host 0.0.0.0 --port 8080 --max-sequences 16
+      freehold serve model.gguf --name ours --alias gpt-4o-mini --alias claude-haiku
     """
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     with _listen(host, port) as listening:
@@ -82,8 +87,11 @@ def serve(
             )
         _show_plan(plan)
         loaded = load_model(model, device="cpu", dtype=dtype, threads=threads)
+        for note in loaded.report.notes:
+            show_note(f"note: {note}")
         keys_url = (database or Settings().database_url) if require_keys or not _is_loopback(host) else None
-        asyncio.run(_serve(loaded, plan, listening, name=name or _name_of(model), keys_url=keys_url, drain_s=drain))
+        names = (name or _name_of(model), *(alias or ()))
+        asyncio.run(_serve(loaded, plan, listening, names=names, keys_url=keys_url, drain_s=drain))
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -126,19 +134,18 @@ def _plan(
     from freehold.checkpoint.fetch import find
     from freehold.checkpoint.load import default_dtype, open_described
     from freehold.engine.machine import main_memory
-    from freehold.engine.plan import RESERVED_BYTES, need_as_stored, need_of, serving_plan
+    from freehold.engine.plan import need_as_stored, need_of, serving_plan
 
     source, described = open_described(find(model, Settings().models_dir))
     source.close()
     chosen = parse_dtype(options.DTYPE_NAMES[dtype]) if dtype else default_dtype(described, torch.device("cpu"))
     need = (None if dtype else need_as_stored(described)) or need_of(described.spec, chosen)
-    taken = need.weight_bytes + RESERVED_BYTES
-    left = max(0, main_memory().available_bytes - taken)
     return serving_plan(
         described.spec,
         weight_bytes=need.weight_bytes,
         dtype=chosen,
-        memory_bytes=int(memory * 1e9) if memory else taken + int(SHARE_FOR_STATES * left),
+        memory_bytes=int(memory * 1e9) if memory else None,
+        free_bytes=main_memory().available_bytes,
         num_sequences=max_sequences,
         context=context,
         kv_dtype=torch.int8 if kv_dtype else None,
@@ -147,12 +154,15 @@ def _plan(
 
 
 def _show_plan(plan: "ServingPlan") -> None:
+    from freehold.engine.plan import PROGRAM_BYTES
+
     limits = plan.limits
     parts = {
         "weights": plan.weight_bytes,
         "keys and values": plan.kv_bytes,
         "recurrent states": plan.recurrent_bytes,
-        "work": plan.reserved_bytes,
+        "steps": plan.step_bytes,
+        "the program": PROGRAM_BYTES,
     }
     memory = ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items() if size)
     show_note(f"memory: {memory}; in all {bytes_text(plan.total_bytes)}")
@@ -162,29 +172,42 @@ def _show_plan(plan: "ServingPlan") -> None:
 
 
 async def _serve(
-    loaded: "Model", plan: "ServingPlan", listening: socket.socket, *, name: str, keys_url: str | None, drain_s: float
+    loaded: "Model",
+    plan: "ServingPlan",
+    listening: socket.socket,
+    *,
+    names: Sequence[str],
+    keys_url: str | None,
+    drain_s: float,
 ) -> None:
     from freehold.engine.engine import Engine
     from freehold.serve.answers import Answers
     from freehold.serve.app import build_app
     from freehold.serve.auth import Guard
+    from freehold.serve.configuration import ServeSettings
     from freehold.serve.connection import serve_until_stopped
-    from freehold.serve.database import Database
-    from freehold.serve.keys import Keys
-    from freehold.serve.quota import DatabaseQuotas
 
-    keys = None
-    if keys_url:
-        with waiting("Opening the database of keys"):
-            keys = Keys(Database(keys_url))
-        if not keys.all():
-            show_note("note: every request needs an API key and there is none: make one with `freehold keys add NAME`")
+    keys, quotas = _open_keys(keys_url) if keys_url else (None, None)
     with Engine(loaded, plan.limits, kv_dtype=plan.kv_dtype) as engine:
-        answers = Answers(engine, model_name=name, quotas=DatabaseQuotas(keys.database) if keys else None)
-        app = build_app(answers, guard=Guard(keys))
+        model_name, *aliases = names
+        answers = Answers(engine, model_name=model_name, quotas=quotas)
+        app = build_app(answers, guard=Guard(keys), settings=ServeSettings(aliases=tuple(aliases)))
         host, port = listening.getsockname()[:2]
         show_line(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
         await serve_until_stopped(app, engine, listening, drain_s=drain_s)
         answers.close()
     if keys:
         keys.database.close()
+
+
+def _open_keys(url: str) -> tuple["Keys", "DatabaseQuotas"]:
+    """Return the keys of a database, and their quotas."""
+    with waiting("Opening the database of keys"):
+        from freehold.serve.database import Database
+        from freehold.serve.keys import Keys
+        from freehold.serve.quota import DatabaseQuotas
+
+        keys = Keys(Database(url))
+    if not keys.all():
+        show_note("note: every request needs an API key and there is none: make one with `freehold keys add NAME`")
+    return keys, DatabaseQuotas(keys.database)

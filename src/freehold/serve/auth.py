@@ -10,15 +10,19 @@ import logging
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from freehold.errors import DatabaseFailed
 from freehold.serve.caller import Caller
 from freehold.serve.configuration import PAGE_PATHS
-from freehold.serve.database import DatabaseFailed
 from freehold.serve.errors import CODES, Failure, error_response, request_id_of
-from freehold.serve.keys import TOKEN, Key, Keys
 from freehold.serve.rates import Rates
+from freehold.serve.terms import TOKEN, Key
+
+if TYPE_CHECKING:  # without keys no database is opened, and half a second of imports saved
+    from freehold.serve.keys import Keys
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +38,7 @@ MAX_LOGGED = 200
 class Guard:
     """Lets requests pass that may. keys: None where no key is needed, which is only ever so on loopback."""
 
-    def __init__(self, keys: Keys | None):
+    def __init__(self, keys: "Keys | None"):
         self._keys = keys
         self._rates = Rates()
 
@@ -69,7 +73,7 @@ class Guard:
             if key is not None:
                 self._rates.leave(key)
 
-    async def _check_key(self, keys: Keys, scope: Scope) -> tuple[Caller | Failure, Key | None]:
+    async def _check_key(self, keys: "Keys", scope: Scope) -> tuple[Caller | Failure, Key | None]:
         """Return the caller, whose request counts as running from now on, or the refusal, and the key if one fits."""
         token = _token(scope)
         if token is None:

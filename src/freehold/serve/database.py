@@ -21,7 +21,7 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.dialects import postgresql, sqlite
 
-from freehold.errors import BadInput, FreeholdError
+from freehold.errors import BadInput, DatabaseFailed
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 NUM_THREADS = 4
@@ -31,10 +31,6 @@ UPGRADE_LOCK = 0x667265686F6C64  # any number, but the same for all who would up
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
-
-
-class DatabaseFailed(FreeholdError):
-    """The database does not answer, or not as it should; what was asked of it did not happen."""
 
 
 metadata = sql.MetaData()

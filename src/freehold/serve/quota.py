@@ -13,9 +13,9 @@ from datetime import UTC, date, datetime, time, timedelta
 
 import sqlalchemy as sql
 
-from freehold.errors import Overloaded
+from freehold.errors import DatabaseFailed, Overloaded
 from freehold.serve.caller import Caller
-from freehold.serve.database import Database, DatabaseFailed, api_keys, key_usage
+from freehold.serve.database import Database, api_keys, key_usage
 from freehold.serve.errors import CODES, Refused
 
 logger = logging.getLogger(__name__)

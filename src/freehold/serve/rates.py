@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from freehold.serve.errors import CODES, Failure
-from freehold.serve.keys import Key
+from freehold.serve.terms import Key
 
 MINUTE_S = 60.0
 
