@@ -161,6 +161,19 @@ def test_what_cannot_be_told_apart_is_refused(made, messages, template, message)
         made("nemotron", messages, template=ChatTemplate(template))
 
 
+def test_an_empty_reasoning_that_a_prompt_writes_is_not_trained_on(made):
+    """As Qwen 3 does it: a prompt without room for reasoning holds an empty one, and so does the conversation."""
+    empty = "<think>\n\n</think>\n\n"
+    answers = CHATML.replace(
+        "{{ m.content }}", f"{{{{ '{empty}' if m.role == 'assistant' else '' }}}}{{{{ m.content }}}}"
+    )
+    prompt = PROMPTED.removeprefix(CHATML).replace(
+        "{% endif", f"{{% if enable_thinking is false %}}{empty}{{% endif %}}{{% endif"
+    )
+    tokenizer, (example,) = made("nemotron", [ASK, ANSWER], template=ChatTemplate(answers + prompt))
+    assert learnt(tokenizer, example) == ["Tall.<|im_end|>"]
+
+
 def test_reasoning_inside_of_content_cannot_be_left_out(made):
     messages = [ASK, {**ANSWER, "content": "<think>\nhm\n</think>\nTall."}]
     with pytest.raises(BadRequest, match="reasoning inside of content"):

@@ -17,7 +17,9 @@ MARKS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</
 
 
 def write_nemotron_tokenizer(folder: Path) -> Path:
-    """Write a tokenizer of bytes that knows the marks of Nemotron's format as single tokens."""
+    """Write a tokenizer of bytes that knows the marks of Nemotron's format as single tokens, unless it is there."""
+    if (folder / "tokenizer_config.json").exists():
+        return folder
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Core(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

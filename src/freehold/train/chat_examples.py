@@ -100,7 +100,8 @@ class ChatRenderer:
             raise BadRequest(f"{where} is the assistant's, and nothing was asked before it")
         full = self._render(messages[: index + 1], tools)
         prompts = [self._render(messages[:index], tools, prompted=True, switches=s) for s in self._switches]
-        prompt = next((prompt for prompt in prompts if full.startswith(prompt)), None)
+        # Where two fit, the longer one left less to the answer: without room for reasoning, there is none to learn.
+        prompt = max((prompt for prompt in prompts if full.startswith(prompt)), key=len, default=None)
         if prompt is None:
             raise BadRequest(
                 f"{where}: the chat template begins an answer with {prompts[0][-24:]!r}, and has no such place in the "

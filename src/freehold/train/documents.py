@@ -42,18 +42,23 @@ def read_rows(file: Path, *, ignored: frozenset[str] = frozenset()) -> Iterator[
     there. A .txt file is one document.
     Raises: NotFound, BadFile, UnsupportedModel.
     """
-    if not file.is_file():
-        raise NotFound(f"there is no file {file}")
-    if file.suffix == ".jsonl":
-        rows = _jsonl_rows(file)
-    elif file.suffix == ".parquet":
-        rows = _parquet_rows(file)
-    elif file.suffix == ".txt":
-        rows = iter([(file.name, {"text": _decoded(file.read_bytes(), file.name)}, 1.0)])
-    else:
-        raise BadFile(f"{file.name} is none of {', '.join(SUFFIXES)}", hint="the suffix says what a file holds")
+    check_format(file)
+    readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows, ".txt": _text_rows}
+    rows = readers[file.suffix](file)
     for where, content, share in rows:
         yield _row(where, content, ignored), share
+
+
+def check_format(file: Path) -> None:
+    """Refuse what is no file, or of no known format. Raises: NotFound, BadFile."""
+    if not file.is_file():
+        raise NotFound(f"there is no file {file}")
+    if file.suffix not in SUFFIXES:
+        raise BadFile(f"{file.name} is none of {', '.join(SUFFIXES)}", hint="the suffix says what a file holds")
+
+
+def _text_rows(file: Path) -> Iterator[tuple[str, Any, float]]:
+    yield file.name, {"text": _decoded(file.read_bytes(), file.name)}, 1.0
 
 
 def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any, float]]:
