@@ -72,8 +72,11 @@ def tiny(name: str) -> Any:
 
 def some_request(choose: random.Random) -> Request:
     prompt = random_tokens(choose.randint(1, 60), seed=choose.randint(0, 1000)).tolist()
+    max_tokens = choose.randint(1, 30)
     sampling = SamplingParams(
-        max_tokens=choose.randint(1, 30),
+        max_tokens=max_tokens,
+        min_tokens=min(max_tokens, choose.choice([0, 0, 12])),
+        ignore_eos=choose.choice([False, False, True]),
         temperature=choose.choice([0.0, 0.8, 1.5]),
         top_k=choose.choice([0, 20]),
         top_p=choose.choice([1.0, 0.9]),

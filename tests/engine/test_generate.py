@@ -266,6 +266,19 @@ def test_a_stop_id_in_the_prompt_does_not_stop():
     assert answer(ScriptedDecoder([5, 6]), [7, 7], stop_ids={7}, max_tokens=3) == [5, 6, 6]
 
 
+def test_no_stop_id_is_drawn_before_min_tokens():
+    decoder = ScriptedDecoder([5, 6, 7, 7])
+    assert answer(decoder, stop_ids={7}, min_tokens=3) == [5, 6, 0, 7]
+    assert answer(decoder, stop_ids={7}, min_tokens=2) == [5, 6, 7]
+
+
+def test_with_ignore_eos_only_the_ids_of_the_request_stop():
+    decoder = ScriptedDecoder([5, 6, 7, 8])
+    assert answer(decoder, stop_ids={7}, ignore_eos=True, max_tokens=5) == [5, 6, 7, 8, 8]
+    sampling = SamplingParams(ignore_eos=True, stop_ids=frozenset({8}), max_tokens=9)
+    assert list(generate(decoder, PROMPT, sampling, stop_ids={7})) == [5, 6, 7, 8]
+
+
 def test_nothing_is_read_after_the_last_token():
     decoder = ScriptedDecoder([5])
     assert len(answer(decoder, max_tokens=4)) == 4

@@ -204,6 +204,17 @@ def test_a_request_may_name_further_ids_that_end_it(model):
     assert (usage.completion_tokens, usage.finish_reason) == (3, "stop")
 
 
+def test_with_ignore_eos_the_models_own_end_is_an_id_like_any_other(model):
+    usage, sampling = Usage(), SamplingParams(ignore_eos=True, max_tokens=7)
+    assert "".join(scripted(model, "done").stream("x", sampling=sampling, usage=usage)).startswith("done")
+    assert (usage.completion_tokens, usage.finish_reason) == (7, "length")
+
+
+def test_a_stop_string_within_min_tokens_is_text(model):
+    sampling = SamplingParams(stop=("END",), min_tokens=3)
+    assert "".join(scripted(model, "END, the END").stream("x", sampling=sampling)) == "END, the "
+
+
 @pytest.mark.parametrize("stop", [("END",), ("xyz", "END", "ENDE")], ids=str)
 def test_a_stop_string_across_tokens_ends_the_answer_and_is_no_part_of_it(stop, model):
     usage = Usage()

@@ -16,7 +16,7 @@ FLOATS = {
     "presence_penalty": (-100.0, 100.0),
     "frequency_penalty": (-100.0, 100.0),
 }
-INTEGERS = {"max_tokens": 1, "top_k": 0}
+INTEGERS = {"max_tokens": 1, "min_tokens": 0, "top_k": 0}
 NUMBERS = [*FLOATS, *INTEGERS, "seed"]
 
 
@@ -65,7 +65,7 @@ def test_none_is_a_value_of_max_tokens_alone(name):
     refusal(**{name: None})
 
 
-@pytest.mark.parametrize("name", ["max_tokens", "top_k", "seed"])
+@pytest.mark.parametrize("name", [*INTEGERS, "seed"])
 def test_a_fraction_is_no_count(name):
     refusal(**{name: 2.0})
 
@@ -98,6 +98,13 @@ def test_an_empty_stop_string_is_refused():
 @pytest.mark.parametrize("stop_ids", [[1], 1, {"1"}, {True}, {1.0}, None], ids=str)
 def test_stop_ids_is_a_set_of_ids(stop_ids):
     refusal(stop_ids=stop_ids)
+
+
+def test_no_answer_is_longer_than_max_tokens_and_none_shorter_than_min_tokens():
+    assert SamplingParams(min_tokens=4, max_tokens=4).min_tokens == 4
+    with pytest.raises(BadRequest, match="min_tokens is 5, more than max_tokens"):
+        SamplingParams(min_tokens=5, max_tokens=4)
+    refusal(ignore_eos=1)
 
 
 def test_any_penalty_penalizes():

@@ -111,6 +111,22 @@ def test_the_seed_that_was_drawn_is_told_and_draws_the_same(client):
     assert ask(client, max_tokens=1).model_extra["seed"] != first.model_extra["seed"]
 
 
+def test_with_ignore_eos_an_answer_has_all_its_tokens(client):
+    options = {"max_completion_tokens": 40, "temperature": 0, "stream": True}
+    usages = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(ask(client, stream_options=usages, extra_body={"ignore_eos": True, "min_tokens": 40}, **options))
+    assert chunks[-1].usage.completion_tokens == 40
+    assert joined(chunks)[0]["reason"] == "length"
+    written = [chunk.usage.completion_tokens for chunk in chunks]
+    assert written == sorted(written)
+    assert written[0] == 1
+
+
+def test_scores_of_a_chat_are_of_its_text_alone(client):
+    answer = ask(client, max_tokens=9, temperature=0, logprobs=True, logit_bias={"2": 100}).choices[0]
+    assert (answer.message.content, answer.logprobs.content) == ("", [])
+
+
 def test_logprobs_are_of_the_text_and_begin_with_the_likeliest(client):
     answer = ask(client, max_tokens=6, temperature=0, logprobs=True, top_logprobs=3).choices[0]
     scores = answer.logprobs.content

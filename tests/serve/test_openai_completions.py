@@ -14,6 +14,7 @@ from inputs import smollm2_gguf
 from serve.servers import CONTEXT, MODEL_NAME, engine_of, openai_client, running_server, wait_for
 
 TEXT = "The capital of France is"
+END = 2  # <|im_end|>
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,49 @@ def test_scores_of_a_prompt_are_the_models_own(client):
         assert logprob == pytest.approx(float(expected[place, ids[place + 1]]), abs=1e-4)  # float32 of other batches
 
 
+@pytest.mark.parametrize("echo", [False, True], ids=["answer", "echo"])
+def test_the_id_that_ends_a_continuation_has_a_score_but_no_text(client, echo):
+    """So scores and tokens are as many as usage says, as evaluation harnesses count on."""
+    answer = ask(client, max_tokens=9, temperature=0, logprobs=1, echo=echo, logit_bias={str(END): 100})
+    choice, scores = answer.choices[0], answer.choices[0].logprobs
+    assert (choice.text, choice.finish_reason) == (TEXT if echo else "", "stop")
+    assert scores.tokens[-1] == "<|im_end|>"
+    assert len(scores.tokens) == answer.usage.completion_tokens + (answer.usage.prompt_tokens if echo else 0)
+    assert scores.text_offset[-1] == len(choice.text)
+    alone = engine_of(smollm2_gguf()).model.logits(ids_of(TEXT)).log_softmax(-1)
+    assert scores.token_logprobs[-1] == pytest.approx(float(alone[-1, END]), abs=1e-4)
+
+
+def test_with_ignore_eos_an_answer_goes_on_past_the_models_own_end(client):
+    options = {"max_tokens": 6, "temperature": 0, "logit_bias": {str(END): 100}}
+    assert ask(client, **options).usage.completion_tokens == 1
+    answer = ask(client, **options, extra_body={"ignore_eos": True})
+    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (6, "length")
+    assert answer.choices[0].text == "<|im_end|>" * 6
+
+
+def test_nothing_ends_an_answer_before_min_tokens(client):
+    first = ask(client, max_tokens=1, temperature=0).choices[0].text
+    options = {"max_tokens": 9, "temperature": 0, "logit_bias": {str(END): 50}}
+    answer = ask(client, **options, stop=[first], extra_body={"min_tokens": 4})
+    assert answer.usage.completion_tokens == 5
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].text.startswith(first)
+
+
+def test_usage_is_in_every_chunk_that_is_asked_for(client):
+    options = {"max_tokens": 5, "temperature": 0, "n": 2, "stream": True, "extra_body": {"ignore_eos": True}}
+    usages = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(ask(client, [TEXT, "Two and two"], stream_options=usages, **options))
+    written = [chunk.usage.completion_tokens for chunk in chunks]
+    assert written == sorted(written)
+    assert len(set(written)) > 10
+    read = len(ids_of(TEXT)) + len(ids_of("Two and two"))
+    assert (chunks[-1].usage.prompt_tokens, written[-1]) == (read, 20)
+    with pytest.raises(openai.BadRequestError, match="include_usage"):
+        ask(client, stream=True, stream_options={"continuous_usage_stats": True})
+
+
 def test_an_echo_of_no_tokens_is_the_prompt_alone(client):
     for stream in (False, True):
         made = ask(client, echo=True, max_tokens=0, stream=stream)
@@ -126,15 +170,17 @@ def test_an_echo_of_no_tokens_is_the_prompt_alone(client):
         (TEXT, {"max_tokens": CONTEXT}, "context_length_exceeded"),
         ([1_000_000], {}, None),
         ("", {}, None),
-        (TEXT, {"suffix": "!"}, "unsupported_parameter"),
-        (TEXT, {"best_of": 2}, "unsupported_parameter"),
+        (TEXT, {"suffix": "!"}, None),
+        (TEXT, {"best_of": 2}, None),
+        (TEXT, {"use_beam_search": True, "max_tokens": 1}, "unsupported_parameter"),
+        (TEXT, {"min_tokens": 5, "max_tokens": 4}, None),
         ([1_000_000], {"echo": True}, None),
     ],
-    ids=["long", "long answer", "unknown id", "empty", "suffix", "best_of", "unknown id echoed"],
+    ids=["long", "long answer", "unknown id", "empty", "suffix", "best_of", "beams", "min_tokens", "unknown id echoed"],
 )
 def test_what_cannot_be_continued_is_refused(client, prompt, options, code):
     with pytest.raises(openai.BadRequestError) as refused:
-        ask(client, prompt, **options)
+        ask(client, prompt, extra_body=options)
     assert refused.value.code == code
 
 

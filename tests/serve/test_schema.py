@@ -38,6 +38,12 @@ def test_schema_does_not_import_torch():
     [
         ("functions", [], "functions"),
         ("audio", {}, "audio"),
+        ("modalities", ["text", "audio"], "modalities"),
+        ("verbosity", "low", "verbosity"),
+        ("prediction", {"type": "content", "content": "a"}, "prediction"),
+        ("web_search_options", {}, "web_search_options"),
+        ("ignore_eos", 1, "ignore_eos"),
+        ("min_tokens", -1, "min_tokens"),
         ("temperature", "1", "temperature"),
         ("temperature", 2.1, "temperature"),
         ("temperature", True, "temperature"),
@@ -125,6 +131,30 @@ def test_what_the_other_routes_do_not_take_is_refused_by_its_name(kind, body, na
     failure = refusal(kind, {"model": "m", **body})
     assert failure.status == 400
     assert named in failure.message
+
+
+# What clients send though nobody asked them to: each asks for what is done anyway.
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (ChatRequest, {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto"}),
+        (
+            ChatRequest,
+            {"parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "response_format": {"type": "text"}},
+        ),
+        (
+            ChatRequest,
+            {"modalities": ["text"], "verbosity": "medium", "prompt_cache_key": "k", "safety_identifier": "s"},
+        ),
+        (ChatRequest, {"functions": None, "function_call": None, "audio": None, "prediction": None}),
+        (ChatRequest, {"logprobs": False, "n": 1, "presence_penalty": 0, "logit_bias": {}, "stop": []}),
+        (CompletionRequest, {"prompt": "a", "best_of": 1, "suffix": None, "logprobs": None, "repetition_penalty": 1.0}),
+        (CompletionRequest, {"prompt": "a", "best_of": 2, "n": 2, "suffix": "", "stop": None}),
+        (EmbeddingRequest, {"input": "a", "dimensions": None, "user": "u", "encoding_format": "base64"}),
+    ],
+)
+def test_a_field_that_asks_for_nothing_is_taken(kind, body):
+    kind.model_validate({**(CHAT if kind is ChatRequest else {"model": "m"}), **body})
 
 
 def test_null_is_the_default_everywhere():

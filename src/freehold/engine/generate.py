@@ -1,6 +1,6 @@
 """Plain generation for one sequence: prefill, then one token at a time. Many at once are the engine's work."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ def generate(
     prompt: Sequence[int],
     sampling: SamplingParams,
     *,
-    stop_ids: Collection[int] = (),
+    stop_ids: Set[int] = frozenset(),
     num_ids: int | None = None,
 ) -> Iterator[int]:
     """Yield the ids that follow the prompt, up to a stop id (yielded as the last), `max_tokens` or the context's end.
@@ -71,14 +71,16 @@ def generate(
         the weights are broken, so that logits are no numbers.
     """
     check_prompt(decoder, prompt, room_tokens=1)
-    stops = {*stop_ids, *sampling.stop_ids}
+    stops = sampling.end_ids(stop_ids)
     room = decoder.spec.max_positions - len(prompt)
     num_tokens = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
     continuation = Continuation(decoder, room_tokens=len(prompt) + PAGE_SIZE)
     logits_V = continuation.read(prompt)
     answer: list[int] = []
     while True:
-        (token,) = draw([Place(logits_V=logits_V[:num_ids], prompt=prompt, answer=answer, sampling=sampling)])
+        banned = stops if len(answer) < sampling.min_tokens else ()
+        place = Place(logits_V=logits_V[:num_ids], prompt=prompt, answer=answer, sampling=sampling, banned=banned)
+        (token,) = draw([place])
         if isinstance(token, BadInput):
             raise token
         answer.append(token)

@@ -171,7 +171,7 @@ class Model:
         detokenizer, stops = Detokenizer(self.tokenizer), StopStrings(sampling.stop)
         start = time.perf_counter()
         usage.prompt_tokens = len(prompt)
-        stop_ids = self.tokenizer.stop_ids | sampling.stop_ids
+        stop_ids = sampling.end_ids(self.tokenizer.stop_ids)
         for token in generate(self.decoder, prompt, sampling, stop_ids=stop_ids, num_ids=self.tokenizer.vocab_size):
             now = time.perf_counter()
             usage.completion_tokens += 1
@@ -181,7 +181,10 @@ class Model:
             if token in stop_ids:
                 usage.finish_reason = "stop"
                 break
-            if text := stops.feed(detokenizer.add(token)):
+            text = detokenizer.add(token)
+            if usage.completion_tokens > sampling.min_tokens:
+                text = stops.feed(text)
+            if text:
                 yield text
             if stops.matched is not None:
                 usage.finish_reason = "stop"

@@ -10,6 +10,7 @@ from freehold.errors import BadRequest
 # Smallest and largest value. Where these are integers, the value must be one.
 LIMITS: dict[str, tuple[float, float]] = {
     "max_tokens": (1, 1 << 31),
+    "min_tokens": (0, 1 << 31),
     "temperature": (0.0, 100.0),
     "top_k": (0, 1 << 31),
     "top_p": (0.0, 1.0),
@@ -25,10 +26,12 @@ LIMITS: dict[str, tuple[float, float]] = {
 class SamplingParams:
     """How an answer is drawn. The default is greedy: the same question has the same answer.
 
-    max_tokens: the longest answer; None is up to the model's context. seed: with the token's place in the answer, all
-    that decides a draw. top_k, top_p, min_p: 0, 1 and 0 keep every token. repetition_penalty concerns prompt and
-    answer, presence_penalty and frequency_penalty the answer. stop: strings that end the answer and are no part of it.
-    stop_ids: ids that end it, beside the model's own. logit_bias: what is added to the logits of some ids.
+    max_tokens: the longest answer; None is up to the model's context. min_tokens: until it has so many nothing ends it:
+    ids that would are not drawn, stop strings not looked for. ignore_eos: the model's own end ids are ids like any
+    other, so an answer goes on to max_tokens where nothing else was told to end it. seed: with the token's place in the
+    answer, all that decides a draw. top_k, top_p, min_p: 0, 1 and 0 keep every token. repetition_penalty concerns
+    prompt and answer, presence_penalty and frequency_penalty the answer. stop: strings that end the answer and are no
+    part of it. stop_ids: ids that end it, beside the model's own. logit_bias: what is added to the logits of some ids.
     """
 
     max_tokens: int | None = None
@@ -42,6 +45,8 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     stop_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    ignore_eos: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -53,6 +58,10 @@ class SamplingParams:
             if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:
                 noun = "an integer" if isinstance(low, int) else "a number"
                 raise BadRequest(f"{name} is {value!r:.60}, wanted {noun} from {low} to {high}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise BadRequest(f"min_tokens is {self.min_tokens}, more than max_tokens, which is {self.max_tokens}")
+        if not isinstance(self.ignore_eos, bool):
+            raise BadRequest(f"ignore_eos is {self.ignore_eos!r:.60}, wanted true or false")
         if not isinstance(self.stop, tuple | list) or not all(isinstance(stop, str) for stop in self.stop):
             raise BadRequest(f"stop is {self.stop!r:.60}, wanted a tuple of strings")
         if "" in self.stop:
@@ -62,6 +71,10 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             if type(token) is not int or not math.isfinite(bias):
                 raise BadRequest(f"logit_bias has {token!r:.30}: {bias!r:.30}, wanted are ids with finite numbers")
+
+    def end_ids(self, stop_ids: Set[int]) -> frozenset[int]:
+        """Return the ids that end an answer of a model whose own these are."""
+        return self.stop_ids if self.ignore_eos else self.stop_ids | stop_ids
 
     @property
     def penalizes(self) -> bool:
@@ -111,6 +124,10 @@ class Request:
     scores_prompt: bool = False
     embeds: bool = False
     reasoning: ReasoningBudget | None = None
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        return self.sampling.end_ids(self.stop_ids)
 
 
 @dataclass(frozen=True, kw_only=True)

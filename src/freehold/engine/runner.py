@@ -116,7 +116,7 @@ class Runner:
             prompt=request.prompt,
             answer=sequence.known[sequence.prompt_length :],
             sampling=request.sampling,
-            banned=request.stop_ids | request.sampling.stop_ids if sequence.must_go_on else (),
+            banned=request.end_ids if sequence.must_go_on else (),
         )
 
 

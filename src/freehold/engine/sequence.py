@@ -64,13 +64,13 @@ class Sequence:
     @property
     def has_stopped(self) -> bool:
         """Whether the answer's last token is a stop id."""
-        last = self.known[-1]
-        return self.answer_length > 0 and (last in self.request.stop_ids or last in self.request.sampling.stop_ids)
+        return self.answer_length > 0 and self.known[-1] in self.request.end_ids
 
     @property
     def must_go_on(self) -> bool:
-        """Whether the next token may not be a stop id, for there would be no answer."""
-        return self.reasoning is not None and self.reasoning.has_just_closed
+        """Whether the next token may not be a stop id: a longer answer is wanted, or there would be none at all."""
+        is_short = self.answer_length < self.request.sampling.min_tokens
+        return is_short or (self.reasoning is not None and self.reasoning.has_just_closed)
 
 
 class Reasoning:
@@ -105,7 +105,7 @@ class Reasoning:
         budget, sequence = self._budget, self._sequence
         left = sequence.num_tokens - sequence.answer_length - len(budget.close_ids)
         is_late = self._num_tokens >= budget.num_tokens + budget.grace_tokens or left <= budget.answer_tokens
-        return is_late or drawn in sequence.request.stop_ids
+        return is_late or drawn in sequence.request.end_ids
 
     def _open_after(self, token: int) -> None:
         if self._sequence.answer_length + 1 == len(self._budget.open_ids):

@@ -75,21 +75,25 @@ class TokenText:
 class AnswerUsage:
     """Tokens read, written, and written before the answer itself."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    reasoning_tokens: int
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Delta:
-    """What came of an answer. The last one, and no other, has a finish_reason and the usage."""
+    """What came of an answer. The last one, and no other, has a finish_reason.
+
+    usage: up to here. end_score: of the stop id that ended the answer; it is a token of it, but none of its text.
+    """
 
     pieces: tuple[Piece, ...] = ()
     scores: tuple[TokenText, ...] = ()
     prompt_scores: tuple[TokenText, ...] = ()
+    end_score: TokenText | None = None
     finish_reason: Literal["stop", "length", "tool_calls"] | None = None
     stop_sequence: str | None = None
-    usage: AnswerUsage | None = None
+    usage: AnswerUsage = AnswerUsage()
 
 
 class Answers:
@@ -162,7 +166,7 @@ class Answers:
                 if delta.finish_reason:
                     yield delta
                     return
-                if delta != Delta():
+                if delta.pieces or delta.scores or delta.prompt_scores:
                     yield delta
 
     async def embed(self, prompt: Prompt, caller: Caller) -> tuple[tuple[float, ...], int]:
@@ -220,8 +224,9 @@ class _Writing:
         ends = event.finish is not None and event.finish.reason == "stop"
         shown = event.tokens[:-1] if ends else event.tokens  # a stop id is no part of the text
         pieces: list[Piece] = []
-        for token in shown:
-            pieces += self._parsed(self._stops.feed(self._text.add(token)))
+        for place, token in enumerate(shown, start=self._num_tokens):
+            text = self._text.add(token)
+            pieces += self._parsed(text if place < self._options.sampling.min_tokens else self._stops.feed(text))
         self._num_tokens += len(event.tokens)
         if self._parser is not None and self._parser.is_reasoning:
             self._num_reasoning += len(event.tokens)
@@ -236,13 +241,15 @@ class _Writing:
             self._scored(score) if score else self._token_text(self._prompt.ids[0], None)
             for score in event.prompt_scores
         ]
+        scores = [self._scored(score) for score in event.scores]
         return Delta(
             pieces=tuple(pieces),
-            scores=tuple(self._scored(score) for score in event.scores[: len(shown)]),
+            end_score=scores.pop() if ends and scores else None,
+            scores=tuple(scores),
             prompt_scores=tuple(prompt_scores),
             finish_reason=reason,  # type: ignore[arg-type]
             stop_sequence=self._stops.matched,
-            usage=self._usage() if reason else None,
+            usage=self._usage(),
         )
 
     def _parsed(self, text: str) -> list[Piece]:

@@ -86,7 +86,6 @@ class MessageWriting:
             else:
                 events += self._text(piece)
         if delta.finish_reason:
-            assert delta.usage is not None, "the last delta has the usage"
             self._usage, self._end = _usage(delta.usage), _end(delta)
             events += self._close()
             events += [{"type": "message_delta", "delta": self._end, "usage": self._usage}, {"type": "message_stop"}]

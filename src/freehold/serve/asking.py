@@ -79,6 +79,8 @@ def sampling_of(drawing: Drawing, answers: Answers, *, max_tokens: int | None) -
         presence_penalty=given(drawing.presence_penalty, 0.0),
         frequency_penalty=given(drawing.frequency_penalty, 0.0),
         stop=drawing.stops,
+        min_tokens=drawing.min_tokens or 0,
+        ignore_eos=bool(drawing.ignore_eos),
         logit_bias=_biases(drawing, answers) if drawing.logit_bias else {},
     )
 

@@ -47,6 +47,16 @@ def refuse_true(message: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _refuse_all(value: Any) -> Any:
+    if value is not None:
+        raise PydanticCustomError("unsupported", "this is not supported")
+    return value
+
+
+# A field that clients send as null, where it asks for nothing.
+Unsupported = Annotated[None, BeforeValidator(_refuse_all)]
+
+
 def _type_of(value: Any, key: str) -> Any:
     return value.get(key) if isinstance(value, dict) else getattr(value, key, None)
 

@@ -1,7 +1,7 @@
 """POST /v1/chat/completions: a conversation in, answers out, whole or as chunks. Both are made of the same deltas."""
 
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +33,7 @@ from freehold.serve.shapes import (
     ChatScores,
     FinishReason,
     TopScore,
+    usage_in_chunk,
     usage_of,
 )
 from freehold.serve.sse import DONE, EventStream, data_line, merged, while_connected
@@ -55,7 +56,7 @@ def routes(answers: Answers) -> APIRouter:
         head = head_of("chatcmpl", body)
         prompt = await answers.read_chat(chat)
         streams: list[AsyncIterator[Delta]] = []
-        for choice in range(body.n or 1):
+        for choice in range(body.num_choices):
             chosen = with_seed(options, head.seed + choice)
             streams.append(answers.stream(prompt, chosen, caller_of(request)))
         deltas = merged(streams)
@@ -110,13 +111,14 @@ class _Choice:
     calls: list[Call] = field(default_factory=list)
     scores: list[ChatScore] = field(default_factory=list)
     finish_reason: FinishReason = "stop"
-    usage: AnswerUsage | None = None
+    usage: AnswerUsage = field(default_factory=AnswerUsage)
 
     def take(self, delta: Delta) -> list[dict[str, Any]]:
         """Return what a delta adds, as chunks do. Mutates: itself, which then holds it too."""
         self.scores += map(_score, delta.scores)
+        self.usage = delta.usage
         if delta.finish_reason:
-            self.finish_reason, self.usage = delta.finish_reason, delta.usage
+            self.finish_reason = delta.finish_reason
         return [self._add(piece) for piece in delta.pieces]
 
     def _add(self, piece: Piece) -> dict[str, Any]:
@@ -160,7 +162,7 @@ async def whole(deltas: AsyncGenerator[tuple[int, Delta], None], head: Head, bod
         system_fingerprint=FINGERPRINT,
         seed=head.seed,
         choices=[choice.finished(index) for index, choice in enumerate(choices)],
-        usage=usage_of(_usages(choices), num_choices=len(choices)),
+        usage=usage_of(body, _usages(choices)),
     )
 
 
@@ -173,33 +175,33 @@ async def chunk_lines(
     async with aclosing(deltas):
         async for index, delta in deltas:
             parts = choices[index].take(delta)
+            extra = usage_in_chunk(body, _usages(choices))
             if index not in begun:
                 begun.add(index)
-                yield _chunk(head, body, index, {"role": "assistant", "content": ""})
+                yield _chunk(head, index, {"role": "assistant", "content": ""}, extra)
             scores = [_score(score) for score in delta.scores]
             for part in parts or ([{"content": ""}] if scores else []):
-                yield _chunk(head, body, index, part, scores=scores)
+                yield _chunk(head, index, part, extra, scores=scores)
                 scores = []
             if delta.finish_reason:
-                yield _chunk(head, body, index, {}, finish_reason=delta.finish_reason)
+                yield _chunk(head, index, {}, extra, finish_reason=delta.finish_reason)
     if body.includes_usage:
-        usage = usage_of(_usages(choices), num_choices=len(choices))
-        yield data_line({**_chunk_head(head), "choices": [], "usage": usage})
+        yield data_line({**_chunk_head(head), "choices": [], "usage": usage_of(body, _usages(choices))})
     yield DONE
 
 
 def _chunk(
     head: Head,
-    body: ChatRequest,
     index: int,
     delta: dict[str, Any],
+    extra: Mapping[str, Any],
     *,
     scores: Sequence[ChatScore] = (),
     finish_reason: FinishReason | None = None,
 ) -> str:
     logprobs = {"content": scores, "refusal": None} if scores else None
     choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-    return data_line({**_chunk_head(head), "choices": [choice], **({"usage": None} if body.includes_usage else {})})
+    return data_line({**_chunk_head(head), "choices": [choice], **extra})
 
 
 def _chunk_head(head: Head) -> dict[str, Any]:
@@ -214,11 +216,11 @@ def _chunk_head(head: Head) -> dict[str, Any]:
 
 
 def _choices(body: ChatRequest) -> list[_Choice]:
-    return [_Choice(wants_scores=bool(body.logprobs)) for _ in range(body.n or 1)]
+    return [_Choice(wants_scores=bool(body.logprobs)) for _ in range(body.num_choices)]
 
 
 def _usages(choices: Sequence[_Choice]) -> list[AnswerUsage]:
-    return [choice.usage for choice in choices if choice.usage]
+    return [choice.usage for choice in choices]
 
 
 def _score(score: TokenText) -> ChatScore:

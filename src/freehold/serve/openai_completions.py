@@ -25,7 +25,15 @@ from freehold.serve.asking import (
     with_seed,
 )
 from freehold.serve.schema import CompletionRequest
-from freehold.serve.shapes import ERRORS, Completion, CompletionChoice, FinishReason, LegacyScores, Usage, usage_of
+from freehold.serve.shapes import (
+    ERRORS,
+    Completion,
+    CompletionChoice,
+    FinishReason,
+    LegacyScores,
+    usage_in_chunk,
+    usage_of,
+)
 from freehold.serve.sse import DONE, EventStream, data_line, merged, while_connected
 from freehold.text.answer import TextPiece
 
@@ -47,7 +55,7 @@ def routes(answers: Answers) -> APIRouter:
         for given in body.prompts:
             prompt = await read_prompt(answers, given)
             echoed = await _echoed(answers, given) if body.echo else ""
-            for choice in range(body.n or 1):
+            for choice in range(body.num_choices):
                 chosen = with_seed(options, head.seed + choice)
                 streams.append(answers.stream(prompt, chosen, caller_of(request)))
                 choices.append(_Choice(echoed=echoed, body=body))
@@ -93,7 +101,7 @@ class _Choice:
         default_factory=lambda: LegacyScores(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
     )
     finish_reason: FinishReason = "stop"
-    usage: AnswerUsage | None = None
+    usage: AnswerUsage = field(default_factory=AnswerUsage)
     _is_begun: bool = False
     _decoder: codecs.IncrementalDecoder = field(
         default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
@@ -107,14 +115,14 @@ class _Choice:
         self._is_begun = True
         if not is_prompt_all:
             text += "".join(piece.text for piece in delta.pieces if isinstance(piece, TextPiece))
-        scores = self._scores([*delta.prompt_scores, *(() if is_prompt_all else delta.scores)])
+        ends = [delta.end_score] if delta.end_score else []
+        scores = self._scores([*delta.prompt_scores, *([] if is_prompt_all else [*delta.scores, *ends])])
         self.text.append(text)
         for kept, added in zip(self.scores.values(), scores.values(), strict=True):
             kept += added  # type: ignore[operator]
+        self.usage = replace(delta.usage, completion_tokens=0) if is_prompt_all else delta.usage
         if delta.finish_reason:
-            self.finish_reason, self.usage = delta.finish_reason, delta.usage
-            if is_prompt_all and delta.usage:
-                self.finish_reason, self.usage = "length", replace(delta.usage, completion_tokens=0)
+            self.finish_reason = "length" if is_prompt_all else delta.finish_reason
         return text, scores if self.body.logprobs is not None else None
 
     def _scores(self, tokens: Sequence[TokenText]) -> LegacyScores:
@@ -145,14 +153,13 @@ async def whole(
         async for index, delta in deltas:
             choices[index].take(delta)
     finished = [choice.finished(index) for index, choice in enumerate(choices)]
-    return Completion(**_head(head), choices=finished, usage=_usage(choices, body))  # type: ignore[typeddict-item]
+    return Completion(**_head(head), choices=finished, usage=usage_of(body, _usages(choices)))  # type: ignore[typeddict-item]
 
 
 async def chunk_lines(
     deltas: AsyncGenerator[tuple[int, Delta], None], head: Head, choices: list[_Choice], body: CompletionRequest
 ) -> AsyncGenerator[str, None]:
     """Yield continuations as the events of a stream, as they come."""
-    extra = {"usage": None} if body.includes_usage else {}
     async with aclosing(deltas):
         async for index, delta in deltas:
             text, scores = choices[index].take(delta)
@@ -161,9 +168,9 @@ async def chunk_lines(
                 continue
             reason = choices[index].finish_reason if is_last else None
             chunk = CompletionChoice(index=index, text=text, logprobs=scores, finish_reason=reason)
-            yield data_line({**_head(head), "choices": [chunk], **extra})
+            yield data_line({**_head(head), "choices": [chunk], **usage_in_chunk(body, _usages(choices))})
     if body.includes_usage:
-        yield data_line({**_head(head), "choices": [], "usage": _usage(choices, body)})
+        yield data_line({**_head(head), "choices": [], "usage": usage_of(body, _usages(choices))})
     yield DONE
 
 
@@ -178,8 +185,8 @@ def _head(head: Head) -> dict[str, Any]:
     }
 
 
-def _usage(choices: Sequence[_Choice], body: CompletionRequest) -> Usage:
-    return usage_of([choice.usage for choice in choices if choice.usage], num_choices=body.n or 1)
+def _usages(choices: Sequence[_Choice]) -> list[AnswerUsage]:
+    return [choice.usage for choice in choices]
 
 
 def _top(token: TokenText) -> dict[str, float] | None:

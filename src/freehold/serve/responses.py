@@ -74,7 +74,6 @@ class ResponseWriting:
             else:
                 events += self._text(piece)
         if delta.finish_reason:
-            assert delta.usage is not None, "the last delta has the usage"
             status = "incomplete" if delta.finish_reason == "length" else "completed"
             events += self._close(status)
             details = {"reason": "max_output_tokens"} if status == "incomplete" else None

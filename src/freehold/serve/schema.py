@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraint
 from pydantic.functional_validators import ModelWrapValidatorHandler
 from pydantic_core import PydanticCustomError
 
+from freehold.serve.fields import Unsupported
+
 MAX_CHOICES = 16
 MAX_PROMPTS = 128
 MAX_MESSAGES = 4096
@@ -118,9 +120,11 @@ class ToolChoice(Strict):
 
 
 class StreamOptions(Strict):
-    """include_usage: a last chunk with the tokens read and written. include_obfuscation: there is none to include."""
+    """include_usage: a last chunk with the tokens read and written. continuous_usage_stats: those so far in each other.
+    include_obfuscation: there is none to include."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
@@ -149,6 +153,8 @@ class Drawing(Strict):
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
     seed: Annotated[int, Field(ge=-SEED_LIMIT, lt=SEED_LIMIT)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS, description="Nothing ends an answer before.")] | None = None
+    ignore_eos: Annotated[bool, Field(description="Go on past the model's own ends.")] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -165,7 +171,13 @@ class Drawing(Strict):
     def _streams(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("stream_options", "stream_options is for streams: give stream true")
+        if self.counts_along and not self.includes_usage:
+            raise PydanticCustomError("stream_options", "continuous_usage_stats needs include_usage true")
         return self
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -175,10 +187,14 @@ class Drawing(Strict):
     def includes_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def counts_along(self) -> bool:
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
 
 class ChatRequest(Drawing):
-    """POST /v1/chat/completions. `metadata`, `store: false` and `service_tier` have no effect: nothing is stored, and
-    there is one tier."""
+    """POST /v1/chat/completions. `metadata`, `store: false`, `service_tier`, `safety_identifier` and `prompt_cache_key`
+    have no effect: nothing is stored, there is one tier, and what is kept of prompts is up to the engine."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
@@ -194,6 +210,15 @@ class ChatRequest(Drawing):
     metadata: Annotated[dict[ShortText, ShortText], Field(max_length=16)] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
+    prompt_cache_key: ShortText | None = None
+    safety_identifier: ShortText | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    verbosity: Literal["medium"] | None = None
+    audio: Unsupported = None
+    functions: Unsupported = None
+    function_call: Unsupported = None
+    prediction: Unsupported = None
+    web_search_options: Unsupported = None
 
     @field_validator("response_format")
     @classmethod
@@ -232,12 +257,16 @@ class CompletionRequest(Drawing):
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS, description="0 only with echo.")] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    best_of: Annotated[int, Field(description="As n: all that are drawn are given.")] | None = None
+    suffix: Literal[""] | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
+        if self.best_of not in (None, self.num_choices):
+            raise PydanticCustomError("best_of", "best_of is not supported but where it is n")
         if self.max_tokens == 0 and not self.echo:
             raise PydanticCustomError("max_tokens", "max_tokens is 0, which leaves nothing to answer without echo")
-        if len(self.prompts) * (self.n or 1) > MAX_PROMPTS:
+        if len(self.prompts) * self.num_choices > MAX_PROMPTS:
             raise PydanticCustomError("n", f"prompts times n is more than {MAX_PROMPTS}")
         return self
 
@@ -257,6 +286,7 @@ class EmbeddingRequest(Strict):
         | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
     encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Unsupported = None
     user: ShortText | None = None
 
 

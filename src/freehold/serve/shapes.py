@@ -5,6 +5,7 @@ from typing import Any, Literal, NotRequired
 from typing_extensions import TypedDict
 
 from freehold.serve.answers import AnswerUsage
+from freehold.serve.schema import Drawing
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -214,9 +215,18 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def usage_of(usages: list[AnswerUsage], *, num_choices: int = 1) -> Usage:
-    """Return the usage of answers of which each `num_choices` share a prompt."""
-    read = sum(usage.prompt_tokens for usage in usages[::num_choices])
+def usage_in_chunk(drawing: Drawing, usages: list[AnswerUsage]) -> dict[str, Usage | None]:
+    """Return what a chunk says of usage before the last one, which has it all."""
+    if not drawing.includes_usage:
+        return {}
+    return {"usage": usage_of(drawing, usages) if drawing.counts_along else None}
+
+
+def usage_of(drawing: Drawing, usages: list[AnswerUsage]) -> Usage:
+    """Return the usage of the answers to a request together. Choices that share a prompt read it once."""
+    num_choices = drawing.num_choices
+    firsts = range(0, len(usages), num_choices)
+    read = sum(max(usage.prompt_tokens for usage in usages[first : first + num_choices]) for first in firsts)
     written = sum(usage.completion_tokens for usage in usages)
     return Usage(
         prompt_tokens=read,
