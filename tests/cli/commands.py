@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import IO, Any
@@ -57,9 +57,14 @@ def call(*arguments: object, stdin: str = "") -> Ended:
 
 
 @contextmanager
-def spawn(*arguments: object, start: str = START, **files: Any) -> "Iterator[subprocess.Popen[str]]":
-    """Run a command as a process of its own, which is ended where a test would wait for it without end."""
-    command = [sys.executable, "-c", start, *map(str, arguments)]
+def spawn(
+    *arguments: object, start: str = START, flags: Sequence[str] = (), **files: Any
+) -> "Iterator[subprocess.Popen[str]]":
+    """Run a command as a process of its own, which is ended where a test would wait for it without end.
+
+    flags: the interpreter's own.
+    """
+    command = [sys.executable, *flags, "-c", start, *map(str, arguments)]
     with subprocess.Popen(command, text=True, bufsize=1, env={**os.environ, **ENVIRONMENT}, **files) as process:
         watchdog = threading.Timer(TIMEOUT_S, process.kill)
         watchdog.start()

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from freehold.checkpoint.fetch import find
 from freehold.cli.options import DTYPE_NAMES, Dtype
 from freehold.cli.progress import bytes_bar, waiting
+from freehold.cli.terminal import show_note
 from freehold.settings import Settings
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def load_model(name: str, *, device: str, dtype: Dtype | None, threads: int | None) -> "Model":
-    """Return the model of a path or name, ready to run."""
+    """Return the model of a path or name, ready to run. What loading had to say is told."""
     path = find(name, Settings().models_dir)  # before torch: a name that is not known should not take seconds
     with waiting("Starting"):
         import torch
@@ -21,4 +22,7 @@ def load_model(name: str, *, device: str, dtype: Dtype | None, threads: int | No
         from freehold.engine.model import load
     torch.set_num_threads(threads or min(torch.get_num_threads(), usable_threads()))
     with bytes_bar(f"Loading {path.name}") as progress:
-        return load(path, device=device, dtype=DTYPE_NAMES[dtype] if dtype else None, progress=progress)
+        model = load(path, device=device, dtype=DTYPE_NAMES[dtype] if dtype else None, progress=progress)
+    for note in model.report.notes:
+        show_note(f"note: {note}")
+    return model

@@ -12,9 +12,7 @@ class ServeSettings:
     """aliases: further names of the model that requests may use.
 
     keep_alive_s: a stream in which nothing happens for so long gets a comment, so that nobody between cuts it.
-    stalled_s: a client that takes nothing for so long counts as gone.
     """
 
     aliases: tuple[str, ...] = ()
     keep_alive_s: float = 10.0
-    stalled_s: float = 60.0

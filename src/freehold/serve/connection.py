@@ -1,7 +1,7 @@
 """HTTP connections that do not wait for ever, and the options of uvicorn that go with them.
 
-uvicorn gives a client all the time in the world for the head of a request, and for the rest of a body that was refused
-unread. Here both have a deadline. Bodies that are read have theirs in limits.py.
+uvicorn gives a client all the time in the world for the head of a request, for the rest of a body that was refused
+unread, and for taking its answer. Here all have a deadline. Bodies that are read have theirs in limits.py.
 """
 
 import asyncio
@@ -24,13 +24,16 @@ class Connection(H11Protocol):
     """A connection that is cut when its client takes too long.
 
     head_s: from the connection, or the first byte of a further request, to the end of the headers. discard_s: from an
-    answer that did not wait for the body to the end of that body.
+    answer that did not wait for the body to the end of that body. stalled_s: in which nothing is taken of an answer
+    that has been written.
     """
 
     head_s: ClassVar[float] = 10.0
     discard_s: ClassVar[float] = 10.0
+    stalled_s: ClassVar[float] = 60.0
 
     _deadline: asyncio.TimerHandle | None = None
+    _taking: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin."""
@@ -49,9 +52,20 @@ class Connection(H11Protocol):
         super().on_response_complete()
         self._watch()
 
+    def pause_writing(self) -> None:
+        """Wait for the client to take what has been written."""
+        super().pause_writing()
+        self._watch_taking()
+
+    def resume_writing(self) -> None:
+        """Write on."""
+        super().resume_writing()
+        self._stop_watch_taking()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
         self._stop_watch()
+        self._stop_watch_taking()
         super().connection_lost(exc)
 
     def _watch(self) -> None:
@@ -73,6 +87,19 @@ class Connection(H11Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+    def _watch_taking(self, before: int | None = None) -> None:
+        """Look at what is left to be taken, again and again, and cut where that does not shrink from `before`."""
+        left = self.transport.get_write_buffer_size()
+        if before is not None and left >= before:
+            self.transport.abort()
+        else:
+            self._taking = self.loop.call_later(self.stalled_s, self._watch_taking, left)
+
+    def _stop_watch_taking(self) -> None:
+        if self._taking is not None:
+            self._taking.cancel()
+            self._taking = None
 
 
 # For uvicorn.Config. No websockets, nothing believed that a proxy's headers say, heads of requests bounded.
@@ -135,7 +162,7 @@ async def serve_until_stopped(app: ASGIApp, engine: Engine, listening: socket.so
 
     config = uvicorn.Config(
         app,
-        log_level="warning",
+        log_config=None,  # uvicorn's lines go where all go
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=LAST_WORDS_S,

@@ -9,22 +9,30 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from freehold.serve.errors import Failure, error_response
+from freehold.serve.errors import CLIENT_GONE, CODES, Failure, error_response
 
 BRACKETS = b"[]{}"
 NOT_BRACKETS = bytes(set(range(256)) - set(BRACKETS))
 AMBIGUOUS = "ambiguous_length"
+BUSY = Failure(
+    status=429,
+    message="the requests that run have as large bodies as this server holds at once; try again later",
+    code=CODES[429],
+    retry_after_s=1,
+)
+GONE = Failure(status=CLIENT_GONE, message="the client is gone")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a request may have at most.
+    """What a request may have at most, and with all_bodies_bytes what all that run may have together.
 
     body_s: from its headers to the end of its body. json_values: numbers, texts, names and so on, containers included.
     header_bytes: names and values together; target_bytes: path and query.
     """
 
     body_bytes: int = 4 * 2**20
+    all_bodies_bytes: int = 256 * 2**20
     body_s: float = 30.0
     json_depth: int = 64
     json_values: int = 2**18
@@ -34,11 +42,12 @@ class Limits:
 
 
 class Limited:
-    """An app that meets only requests within limits; larger ones are refused with 400, 408, 413, 414 or 431."""
+    """An app that meets only requests within limits; others are refused with 400, 408, 413, 414, 429 or 431."""
 
     def __init__(self, app: ASGIApp, limits: Limits | None = None):
         self._app = app
         self._limits = limits or Limits()
+        self._held_bytes = 0  # bodies of all requests that have not ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -46,15 +55,16 @@ class Limited:
             await self._app(scope, receive, send)
             return
         body = self._refuse_head(scope) or await self._read(receive)
-        if isinstance(body, bytes):
-            body = refuse_shape(body, self._limits) or body
         if isinstance(body, Failure):
-            response = error_response(scope, body)
-            if body.status == 408 or body.code == AMBIGUOUS:  # what follows may be no request
-                response.headers["connection"] = "close"
-            await response(scope, receive, send)
-        elif body is not None:
-            await self._app(scope, _replayed(body, receive), send)
+            await _refuse(body, scope, receive, send)
+            return
+        try:
+            if failure := refuse_shape(body, self._limits):
+                await _refuse(failure, scope, receive, send)
+            else:
+                await self._app(scope, _replayed(body, receive), send)
+        finally:
+            self._held_bytes -= len(body)
 
     def _refuse_head(self, scope: Scope) -> Failure | None:
         """Return what is too large in a request's head, the length of the body that it announces included."""
@@ -73,22 +83,29 @@ class Limited:
             return self._too_large()
         return None
 
-    async def _read(self, receive: Receive) -> bytes | Failure | None:
-        """Return a body, None where the client is gone."""
-        body = bytearray()
+    async def _read(self, receive: Receive) -> bytes | Failure:
+        """Return a body, which counts as held from then on, or why it is not taken."""
+        body, is_whole = bytearray(), False
         try:
             async with asyncio.timeout(self._limits.body_s):
-                while True:
+                while not is_whole:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        return None
-                    body += message.get("body", b"")
+                        return GONE
+                    piece = message.get("body", b"")
+                    body += piece
+                    self._held_bytes += len(piece)
                     if len(body) > self._limits.body_bytes:
                         return self._too_large()
-                    if not message.get("more_body", False):
-                        return bytes(body)
+                    if self._held_bytes > self._limits.all_bodies_bytes:
+                        return BUSY
+                    is_whole = not message.get("more_body", False)
+                return bytes(body)
         except TimeoutError:
             return Failure(status=408, message=f"the body was not there within {self._limits.body_s:g} s")
+        finally:
+            if not is_whole:
+                self._held_bytes -= len(body)
 
     def _too_large(self) -> Failure:
         return Failure(status=413, message=f"the body has more than {self._limits.body_bytes} bytes")
@@ -114,6 +131,13 @@ def refuse_shape(body: bytes, limits: Limits) -> Failure | None:
     if _depth(outside, limits.json_depth) > limits.json_depth:
         return Failure(status=400, message=f"the body is nested more than {limits.json_depth} deep")
     return None
+
+
+async def _refuse(failure: Failure, scope: Scope, receive: Receive, send: Send) -> None:
+    response = error_response(scope, failure)
+    if failure.status == 408 or failure.code == AMBIGUOUS:  # what follows may be no request
+        response.headers["connection"] = "close"
+    await response(scope, receive, send)
 
 
 def _depth(outside: bytes, limit: int) -> int:

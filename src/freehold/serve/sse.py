@@ -42,7 +42,7 @@ def event_line(name: str, value: Any) -> str:
 
 
 class EventStream(Response):
-    """A response of events. They are closed as soon as they are sent, or the client is gone or takes no more.
+    """A response of events. They are closed as soon as they are sent, or the client is gone.
 
     It begins with the first event, so that an error before that is a response with its own status; or with a comment,
     where the first event is long in coming. What fails later ends the stream with an event that says so.
@@ -89,6 +89,7 @@ class EventStream(Response):
             if not self._is_started:
                 raise
             failure, request_id = failure_of(error), request_id_of(scope)
+            scope["state"]["failure"] = failure  # for the log of requests
             if failure.status == 500:
                 logger.exception("request %s failed in its stream", request_id)
             body = error_body(scope["path"], failure, request_id)
@@ -104,14 +105,11 @@ class EventStream(Response):
             self._last_sent_s = time.monotonic()
 
     async def _keep_alive(self, send: Send) -> None:
-        """Send comments while nothing else is sent; return where the client has long taken nothing."""
+        """Send comments while nothing else is sent."""
         while True:
             await asyncio.sleep(self._settings.keep_alive_s)
-            idle_s = time.monotonic() - self._last_sent_s
-            if self._sending.locked():
-                if idle_s > self._settings.stalled_s:
-                    return
-            elif idle_s >= self._settings.keep_alive_s:
+            is_idle = time.monotonic() - self._last_sent_s >= self._settings.keep_alive_s
+            if is_idle and not self._sending.locked():
                 await self._send(send, KEEP_ALIVE)
 
 
