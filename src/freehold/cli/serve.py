@@ -1,7 +1,6 @@
 """`freehold serve`: one model for many, under the APIs of OpenAI and Anthropic, and as a page."""
 
 import asyncio
-import logging
 import socket
 import sys
 from collections.abc import Sequence
@@ -46,7 +45,7 @@ def serve(
         float | None,
         typer.Option(
             min=0.1,
-            help="GB that the whole process may take. Without it, half of what is free beside the weights goes to states.",
+            help="GB for the whole process. Without it, half of what is free beside the weights goes to states.",
             show_default=False,
         ),
     ] = None,
@@ -58,6 +57,9 @@ def serve(
     require_keys: Annotated[bool, typer.Option("--require-keys", help="Ask for keys on loopback too.")] = False,
     database: DatabaseUrl = None,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that answers may take to end after SIGTERM.")] = 30.0,
+    log: Annotated[
+        Literal["text", "json", "quiet"], typer.Option(help="A line for each request on stderr, or for failures only.")
+    ] = "text",
     dtype: options.LoadDtype = None,
     threads: options.Threads = None,
 ) -> None:
@@ -73,7 +75,6 @@ def serve(
       freehold serve model.gguf --host 0.0.0.0 --port 8080 --max-sequences 16
       freehold serve model.gguf --name ours --alias gpt-4o-mini --alias claude-haiku
     """
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     with _listen(host, port) as listening:
         with waiting("Starting"):
             plan = _plan(
@@ -87,11 +88,9 @@ def serve(
             )
         _show_plan(plan)
         loaded = load_model(model, device="cpu", dtype=dtype, threads=threads)
-        for note in loaded.report.notes:
-            show_note(f"note: {note}")
         keys_url = (database or Settings().database_url) if require_keys or not _is_loopback(host) else None
         names = (name or _name_of(model), *(alias or ()))
-        asyncio.run(_serve(loaded, plan, listening, names=names, keys_url=keys_url, drain_s=drain))
+        asyncio.run(_serve(loaded, plan, listening, names=names, keys_url=keys_url, drain_s=drain, log=log))
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -179,6 +178,7 @@ async def _serve(
     names: Sequence[str],
     keys_url: str | None,
     drain_s: float,
+    log: Literal["text", "json", "quiet"],
 ) -> None:
     from freehold.engine.engine import Engine
     from freehold.serve.answers import Answers
@@ -186,9 +186,10 @@ async def _serve(
     from freehold.serve.auth import Guard
     from freehold.serve.configuration import ServeSettings
     from freehold.serve.connection import serve_until_stopped
+    from freehold.serve.log import written
 
     keys, quotas = _open_keys(keys_url) if keys_url else (None, None)
-    with Engine(loaded, plan.limits, kv_dtype=plan.kv_dtype) as engine:
+    with written(log, sys.stderr), Engine(loaded, plan.limits, kv_dtype=plan.kv_dtype) as engine:
         model_name, *aliases = names
         answers = Answers(engine, model_name=model_name, quotas=quotas)
         app = build_app(answers, guard=Guard(keys), settings=ServeSettings(aliases=tuple(aliases)))

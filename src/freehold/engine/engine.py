@@ -56,6 +56,7 @@ class _Told:
     """Who listens to a sequence, and what is gathered until it can be told."""
 
     listener: Listener
+    started_s: float | None = None  # of its first step
     prompt_scores: list[Score | None] = field(default_factory=list)
     has_prompt_scores: bool = False
     hidden_sum_D: Tensor | None = None
@@ -189,6 +190,9 @@ class Engine:
         plan = self._scheduler.plan(now_s=time.monotonic())
         for sequence, finish in plan.ended:
             self._end(sequence, finish)
+        for run in plan.runs:
+            told = self._told[run.sequence]
+            told.started_s = told.started_s or time.monotonic()
         return plan
 
     def _rest(self) -> None:
@@ -205,7 +209,8 @@ class Engine:
         try:
             outcomes = self._runner.run(plan.runs)
         except Exception:  # whatever it is, it may have to do with one request, and is no reason to lose the others
-            logger.exception("a step with %d requests failed", len(plan.runs))
+            requests = ", ".join(run.sequence.request.id or str(run.sequence.number) for run in plan.runs)
+            logger.exception("a step failed, with %s", requests)
             with self._changed:
                 for sequence in self._scheduler.suspect(plan):
                     self._end(sequence, FAILED)
@@ -252,7 +257,10 @@ class Engine:
             if outcome.logits_V is None or token is None
             else scores(outcome.logits_V[None], [token], request.num_logprobs or 0)
         )
+        is_first = sequence.answer_length == 1 or request.embeds
         event = Event(
+            queue_s=told.started_s - sequence.submitted_s if is_first and told.started_s else None,
+            prefill_s=time.monotonic() - told.started_s if is_first and told.started_s else None,
             tokens=() if token is None else (token,),
             scores=tuple(kept),
             prompt_scores=() if told.has_prompt_scores else tuple(told.prompt_scores),

@@ -10,15 +10,24 @@ import torch
 
 from freehold.checkpoint.load import Described
 from freehold.checkpoint.pack import is_packable, is_quantized, packed_size
+from freehold.engine.runner import SCORED_ROWS
 from freehold.engine.scheduler import Limits
 from freehold.errors import BadInput
 from freehold.models.decoder import Decoder, build_decoder
 from freehold.models.layout import kv_bytes_per_token, recurrent_bytes_per_sequence
-from freehold.models.spec import AttentionSpec, DecoderSpec, Mamba2Spec, MoeSpec
+from freehold.models.spec import AttentionSpec, BlockSpec, DecoderSpec, Mamba2Spec, MoeSpec
 
 # For the interpreter with torch (about 0.4 GB), and what a step of some hundred tokens works on.
 RESERVED_BYTES = 1 << 30
+# Of a server: the interpreter with its libraries, a tokenizer, and the requests that come and wait. tests/serve/
+# test_memory.py holds real processes to it.
+PROGRAM_BYTES = 600 << 20
+# What a step makes of each value that is widest on its way: the value itself, its rounded form and its result; of each
+# logit: the row, a copy with penalties, and what the draw sorts.
+COPIES_IN_STEP = 3
 FIRST_CONTEXT = 2048
+# Of what a machine has free beside what a server must have: the rest is for whatever else runs there.
+SHARE_FOR_STATES = 0.5
 SERVED_PAGE_TOKENS = 64  # small, so that a short request takes little; the kernels' bits do not depend on it
 
 # In the order of a forward. A tied head is part of the embeddings.
@@ -155,9 +164,30 @@ def contexts_up_to(max_positions: int) -> list[int]:
     return [*contexts, max_positions]
 
 
+def step_bytes(spec: DecoderSpec, *, num_sequences: int, budget_tokens: int) -> int:
+    """Return what a step works on where the kernels run, at most: its tokens on their way through the widest block, and
+    logits of all sequences and of a prompt that is scored."""
+    widest = max(_inner_width(block, spec.width) for block in spec.blocks)
+    num_rows = num_sequences + SCORED_ROWS
+    return 4 * COPIES_IN_STEP * (budget_tokens * (spec.width + widest) + num_rows * spec.vocab_size)
+
+
+def _inner_width(block: BlockSpec, width: int) -> int:
+    """Return how many values a token has within a block."""
+    match block:
+        case AttentionSpec():
+            return (block.num_heads + 2 * block.num_kv_heads) * block.head_dim
+        case Mamba2Spec():
+            return block.inner_width + block.conv_width + block.num_heads
+        case MoeSpec():
+            return block.num_chosen * (block.width + (block.latent_width or width)) + block.shared_width
+        case _:
+            return block.width
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServingPlan:
-    """How a memory is divided between weights, states and what a step works on, before any of it is taken.
+    """What a server's process takes: weights, states, what a step works on, and the program itself.
 
     notes: what was asked for and cannot be, each with the option that would change it.
     """
@@ -167,12 +197,12 @@ class ServingPlan:
     weight_bytes: int
     recurrent_bytes: int
     kv_bytes: int
-    reserved_bytes: int
+    step_bytes: int
     notes: tuple[str, ...]
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.recurrent_bytes + self.kv_bytes + self.reserved_bytes
+        return self.weight_bytes + self.recurrent_bytes + self.kv_bytes + self.step_bytes + PROGRAM_BYTES
 
 
 def serving_plan(
@@ -180,7 +210,8 @@ def serving_plan(
     *,
     weight_bytes: int,
     dtype: torch.dtype,
-    memory_bytes: int,
+    memory_bytes: int | None,
+    free_bytes: int,
     num_sequences: int = 64,
     context: int | None = None,
     kv_dtype: torch.dtype | None = None,
@@ -190,12 +221,17 @@ def serving_plan(
 
     Recurrent states come first, for a sequence cannot do with less of them, and take at most half of what is left
     beside the weights; pages take the rest, for sequences share them.
-    weight_bytes: what the loaded weights take. context: None for the model's own. kv_dtype: of keys and values, None
-        for `dtype`, which is the model's.
+    weight_bytes: what the loaded weights take. memory_bytes: for the whole process; None for all that must be, and
+        SHARE_FOR_STATES of what the machine then has of `free_bytes`. context: None for the model's own. kv_dtype: of
+        keys and values, None for `dtype`, which is the model's.
     Raises: BadInput where not even one page fits.
     """
     kv_dtype = kv_dtype or dtype
-    free = memory_bytes - weight_bytes - RESERVED_BYTES
+    working_bytes = step_bytes(spec, num_sequences=num_sequences, budget_tokens=budget_tokens)
+    fixed_bytes = weight_bytes + working_bytes + PROGRAM_BYTES
+    if memory_bytes is None:
+        memory_bytes = fixed_bytes + int(SHARE_FOR_STATES * max(0, free_bytes - fixed_bytes))
+    free = memory_bytes - fixed_bytes
     slot_bytes = recurrent_bytes_per_sequence(spec.blocks, dtype)
     num_slots = min(num_sequences, free // 2 // slot_bytes) if slot_bytes else num_sequences
     page_bytes = SERVED_PAGE_TOKENS * kv_bytes_per_token(spec.blocks, kv_dtype)
@@ -205,7 +241,7 @@ def serving_plan(
     if num_slots < 1 or num_pages < 1:
         raise BadInput(
             f"{memory_bytes / 1e9:.1f} GB of memory hold the weights ({weight_bytes / 1e9:.1f} GB) and "
-            f"{RESERVED_BYTES / 1e9:.1f} GB to work in, but no states beside them",
+            f"{(working_bytes + PROGRAM_BYTES) / 1e9:.1f} GB to work in, but no states beside them",
             hint="give it more with --memory, or take a smaller model",
         )
     longest = min(context, num_pages * SERVED_PAGE_TOKENS)
@@ -230,6 +266,6 @@ def serving_plan(
         weight_bytes=weight_bytes,
         recurrent_bytes=num_slots * slot_bytes,
         kv_bytes=num_pages * page_bytes,
-        reserved_bytes=RESERVED_BYTES,
+        step_bytes=working_bytes,
         notes=tuple(notes),
     )

@@ -118,6 +118,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     tenant: str = ""
     weight: float = 1.0
+    id: str = ""
     priority: int = 0
     deadline_s: float | None = None
     num_logprobs: int | None = None
@@ -152,7 +153,8 @@ class Event:
     """What happened to a request. The last event, and no other, has a finish.
 
     tokens: further ids of the answer, a stop id included. scores: one for each token, where they are wanted.
-    prompt_scores: once, the first token's is None. embedding: once.
+    prompt_scores: once, the first token's is None. embedding: once. queue_s, prefill_s: with the first token or the
+    embedding, seconds from submission to the first step, and from there to the end of this one.
     """
 
     tokens: tuple[int, ...] = ()
@@ -160,3 +162,5 @@ class Event:
     prompt_scores: tuple[Score | None, ...] = ()
     embedding: tuple[float, ...] = ()
     finish: Finish | None = None
+    queue_s: float | None = None
+    prefill_s: float | None = None

@@ -154,6 +154,7 @@ class Answers:
             weight=caller.weight,
             priority=options.priority,
             deadline_s=options.deadline_s,
+            id=caller.request_id,
             num_logprobs=options.num_logprobs,
             scores_prompt=options.scores_prompt,
             reasoning=await self._reasoning_budget(prompt, options),
@@ -171,7 +172,10 @@ class Answers:
 
     async def embed(self, prompt: Prompt, caller: Caller) -> tuple[tuple[float, ...], int]:
         """Return the mean of a prompt's hidden states, of length 1, and the number of its tokens."""
-        request = Request(prompt=prompt.ids, embeds=True, tenant=caller.key_id, weight=caller.weight)
+                    caller.spent.finish = delta.finish_reason
+        request = Request(
+            prompt=prompt.ids, id=caller.request_id, embeds=True, tenant=caller.key_id, weight=caller.weight
+        )
         async with Submission(self.engine, request, caller, self._quotas) as submission:
             async for event in submission:
                 if event.embedding:

@@ -20,6 +20,7 @@ from freehold.serve.auth import Guard
 from freehold.serve.configuration import PAGE, PAGE_PATHS, ServeSettings
 from freehold.serve.errors import REQUEST_ID_HEADER, answer_errors, request_id_of
 from freehold.serve.limits import Limited
+from freehold.serve.log import log_request
 from freehold.serve.metrics import Meters, metered
 
 DIALECTS = (openai_chat, openai_completions, embeddings, models, anthropic, responses)
@@ -72,7 +73,7 @@ class Page(StaticFiles):
 
 
 class Numbered:
-    """An app whose every response says the request's id, and whose requests are counted."""
+    """An app whose every response says the request's id, and whose requests are counted and logged."""
 
     def __init__(self, app: ASGIApp, meters: Meters):
         self._app, self._meters = app, meters
@@ -95,6 +96,7 @@ class Numbered:
             await self._app(scope, receive, send_numbered)
         finally:
             self._meters.count_request(_route_of(scope), status)
+            log_request(scope, route=_route_of(scope), status=status, model=self._meters.model_name)
 
 
 def _route_of(scope: Scope) -> str:

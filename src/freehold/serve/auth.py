@@ -9,6 +9,7 @@ import ipaddress
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,7 @@ class Guard:
         if isinstance(passed, Failure):
             await _deny(passed, key, scope, receive, send)
             return
-        scope.setdefault("state", {})["caller"] = passed
+        scope.setdefault("state", {})["caller"] = replace(passed, request_id=request_id_of(scope))
         try:
             await app(scope, receive, send)
         finally:
@@ -165,16 +166,17 @@ def _forbidden(message: str) -> Failure:
 async def _deny(failure: Failure, key: Key | None, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer with a refusal, and log it with the id of the key, which is no secret, and never the key."""
     match = TOKEN.fullmatch(_token(scope) or "")
-    logger.warning(
-        "denied %s: %d %s; %s %r by %s, key %s",
-        request_id_of(scope),
-        failure.status,
-        failure.message,
-        scope["method"],
-        scope["path"][:MAX_LOGGED],
-        (scope.get("client") or ("unknown",))[0],
-        key.id if key else f"{match[1]} (not proven)" if match else "none",
-    )
+    fields = {
+        "request": request_id_of(scope),
+        "status": failure.status,
+        "error": failure.message,
+        "method": scope["method"],
+        "path": scope["path"][:MAX_LOGGED],
+        "client": (scope.get("client") or ("unknown",))[0],
+        "key": key.id if key else f"{match[1]} (not proven)" if match else "none",
+    }
+    line = "denied %(request)s: %(status)d %(error)s; %(method)s %(path)r by %(client)s, key %(key)s"
+    logger.warning(line, fields, extra={"fields": fields})
     response = error_response(scope, failure)
     if failure.status == 401:
         response.headers["www-authenticate"] = "Bearer"

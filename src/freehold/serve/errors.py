@@ -116,8 +116,9 @@ def _printable(text: str | None) -> str | None:
 
 
 def error_response(scope: MutableMapping[str, Any], failure: Failure) -> JSONResponse:
-    """Return a failure as the response to a request."""
+    """Return a failure as the response to a request. Mutates: scope, which the log of requests reads it from."""
     request_id = request_id_of(scope)
+    scope["state"]["failure"] = failure
     headers = {**failure.headers, REQUEST_ID_HEADER: request_id}
     if failure.retry_after_s is not None:
         headers["retry-after"] = str(failure.retry_after_s)

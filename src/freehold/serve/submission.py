@@ -1,6 +1,7 @@
 """A request on its way through the engine, seen from the event loop."""
 
 import asyncio
+import time
 
 from freehold.engine.engine import Engine
 from freehold.engine.request import Event, Finish, Request
@@ -21,6 +22,7 @@ class Submission:
         self._number: int | None = None
         self._is_over = False
         self._reservation: Reservation = None
+        self._first_s: float | None = None
         self.num_written = 0
 
     async def __aenter__(self) -> "Submission":
@@ -36,11 +38,13 @@ class Submission:
         except BaseException:
             await self._settle(0)
             raise
+        self._caller.spent.prompt_tokens += len(self._request.prompt)
         return self
 
     async def __aexit__(self, *exception: object) -> None:
         if self._number is not None and not self._is_over:
             self._engine.cancel(self._number)
+            self._caller.spent.finish = self._caller.spent.finish or "cancelled"
         await asyncio.shield(self._settle(len(self._request.prompt)))
 
     def _worst_case(self) -> int:
@@ -48,6 +52,19 @@ class Submission:
         prompt, longest = len(self._request.prompt), self._engine.limits.longest
         answer = 0 if self._request.embeds else self._request.sampling.max_tokens or longest
         return min(longest, prompt + answer)
+
+    def _note(self, event: Event) -> None:
+        """Add an event to what the caller's request has taken."""
+        spent, now_s = self._caller.spent, time.monotonic()
+        if event.queue_s is not None and event.prefill_s is not None:
+            self._first_s = now_s
+            spent.queue_s = max(spent.queue_s or 0.0, event.queue_s)
+            spent.prefill_s = max(spent.prefill_s or 0.0, event.prefill_s)
+        if self._first_s is not None:
+            spent.decode_s = max(spent.decode_s or 0.0, now_s - self._first_s)
+        spent.answer_tokens += len(event.tokens)
+        if event.finish:
+            spent.finish = event.finish.reason
 
     async def _settle(self, prompt_tokens: int) -> None:
         if self._quotas and self._reservation:
@@ -61,6 +78,7 @@ class Submission:
             raise StopAsyncIteration
         event = await self._events.get()
         self._is_over = event.finish is not None
+        self._note(event)
         if event.finish and event.finish.reason in ("failed", "deadline", "cancelled"):
             raise _failure(event.finish)
         return event
