@@ -6,10 +6,13 @@ from freehold.checkpoint.fetch import find
 from freehold.cli.options import DTYPE_NAMES, Dtype
 from freehold.cli.progress import bytes_bar, waiting
 from freehold.cli.terminal import show_note
+from freehold.errors import NotFound
 from freehold.settings import Settings
 
 if TYPE_CHECKING:
     from freehold.engine.model import Model
+    from freehold.text.chat import ChatTemplate
+    from freehold.text.tokenizer import Tokenizer
 
 
 def load_model(name: str, *, device: str, dtype: Dtype | None, threads: int | None) -> "Model":
@@ -26,3 +29,17 @@ def load_model(name: str, *, device: str, dtype: Dtype | None, threads: int | No
     for note in model.report.notes:
         show_note(f"note: {note}")
     return model
+
+
+def load_tokenizer(name: str) -> "tuple[Tokenizer, ChatTemplate | None]":
+    """Return the tokenizer and the chat template of a path or name; its weights are left alone."""
+    path = find(name, Settings().models_dir)
+    with waiting("Starting"):
+        from freehold.checkpoint.load import open_described
+        from freehold.checkpoint.text_side import load_text_side
+    source, described = open_described(path)
+    with source:
+        text = load_text_side(source, described)
+    if text.tokenizer is None:
+        raise NotFound(f"{path.name} has no tokenizer", hint="take tokenizer.json from the model's own repository")
+    return text.tokenizer, text.template

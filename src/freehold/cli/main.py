@@ -17,6 +17,7 @@ from freehold.cli.bench import bench
 from freehold.cli.chat import chat
 from freehold.cli.check import check
 from freehold.cli.convert import convert
+from freehold.cli.data import app as data
 from freehold.cli.fetch import fetch
 from freehold.cli.inspect import inspect
 from freehold.cli.keys import app as keys
@@ -38,6 +39,7 @@ app = typer.Typer(
 for command in (run, chat, serve, fetch, inspect, convert, pack, check, bench):
     app.command()(command)
 app.add_typer(keys)
+app.add_typer(data)
 
 
 @app.callback(invoke_without_command=True)

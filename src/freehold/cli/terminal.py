@@ -6,7 +6,7 @@ Belongs here: the only calls that write. Not here: errors and exit codes (report
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # All control characters but tab and newline: a model's words must not steer the terminal that shows them.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+DIM, GREEN, PLAIN = "\x1b[2m", "\x1b[32m", "\x1b[0m"
 
 
 def printable(text: str) -> str:
@@ -46,6 +46,15 @@ def show_table(rows: Sequence[Sequence[str]], *, indent: str = "") -> None:
             for cell, width in zip(row, widths, strict=True)
         ]
         show_line(f"{indent}{'  '.join(cells)}".rstrip())
+
+
+def show_marked(parts: Iterable[tuple[str, bool]]) -> None:
+    """Write parts of a text to stdout: marked ones green and others dim; in brackets where nobody watches."""
+    for text, is_marked in parts:
+        if sys.stdout.isatty():
+            _write(sys.stdout, f"{GREEN if is_marked else DIM}{printable(text)}{PLAIN}")
+        else:
+            _write(sys.stdout, f"⟦{text}⟧" if is_marked else text)
 
 
 def show_aside(text: str) -> None:

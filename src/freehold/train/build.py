@@ -21,6 +21,7 @@ from freehold.trust.identity import digest_files
 
 # A shard is written from memory, and is what a stopped build loses at most.
 TOKENS_PER_SHARD = 1 << 24
+NOTHING_TRAINED = "nothing is trained on in these files: no row has a text, or an answer of an assistant"
 
 Progress = Callable[[int, int], None]  # bytes of the sources that are done, and all of them
 
@@ -61,7 +62,7 @@ def build_dataset(
         for shard in _filled(rows, converter, ShardWriter(tokenizer.vocab_size), tokens_per_shard):
             headers.append(shard.write(folder / _shard_name(len(headers)), plan=plan.digest))
         if not headers:
-            raise BadInput("nothing is trained on in these files: no row has a text, or an answer of an assistant")
+            raise BadInput(NOTHING_TRAINED)
     finally:
         if not any(folder.iterdir()):
             folder.rmdir()

@@ -79,8 +79,7 @@ class ShardWriter:
         for document in documents:
             self._ids.extend(document.ids)
             self._ends.append(len(self._ids))
-            is_whole = all(document.trained[1:])
-            self._firsts.append(0 if is_whole else document.trained.index(True))
+            self._firsts.append(0 if document.is_whole else document.first_trained)
             self._trained.extend(document.trained)
         self._counts += counts
 

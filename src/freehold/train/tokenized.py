@@ -6,6 +6,7 @@ What a file of rows looks like is in documents.py; how a conversation is rendere
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 from freehold.errors import BadInput, BadRequest, BadTemplate, UnsupportedModel
 from freehold.text.chat import ChatTemplate
@@ -24,6 +25,16 @@ class Document:
 
     ids: tuple[int, ...]
     trained: tuple[bool, ...]
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """True where all is trained on that can be."""
+        return all(self.trained[1:])
+
+    @cached_property
+    def first_trained(self) -> int:
+        """The first token that is trained on."""
+        return self.trained.index(True)
 
 
 class DocumentTokenizer:
