@@ -85,8 +85,12 @@ def test_nothing_leaks_and_every_request_ends_once_whatever_comes(given_limits, 
             sequence = alive.pop(choose.choice(list(alive)))
             scheduler.end(sequence)
             ended[sequence.number] += 1
+        computed = {sequence: sequence.num_computed for sequence in alive.values()}
+        num_preemptions = scheduler.num_preemptions
         plan = scheduler.plan(now_s=now_s)
         assert scheduler.check() is None
+        lost = [sequence for sequence, count in computed.items() if sequence.num_computed != count]
+        assert len(lost) <= scheduler.num_preemptions - num_preemptions, "who keeps its pages keeps what is computed"
         assert sum(run.num_tokens for run in plan.runs) <= given_limits.budget_tokens
         assert len({run.sequence for run in plan.runs}) == len(plan.runs)
         assert plan.runs or not scheduler.num_waiting, "somebody waits and nobody runs"
@@ -146,6 +150,19 @@ def test_a_higher_priority_goes_first_and_takes_the_room_of_a_lower_one():
     assert list(step(scheduler)) == [urgent]
     assert not low.is_running
     assert run_down(scheduler) == [urgent, low]
+
+
+def test_who_pauses_for_a_higher_priority_keeps_its_room_and_computes_no_token_twice():
+    scheduler = Scheduler(SMALL)
+    low = scheduler.add(asks(4, 5, priority=0), now_s=0)
+    step(scheduler)
+    owned = (list(low.pages), low.slot, low.num_computed)
+    urgent = scheduler.add(asks(20, 3, priority=1), now_s=0)
+    for _ in range(2):  # its prompt takes the whole budget of two steps
+        assert step(scheduler) == {urgent: 10}
+        assert (low.pages, low.slot, low.num_computed) == owned
+    assert step(scheduler) == {urgent: 1, low: 1}
+    assert scheduler.num_preemptions == 0
 
 
 def test_a_tenant_with_many_requests_does_not_keep_another_waiting():
@@ -224,3 +241,18 @@ def test_those_of_a_step_that_failed_run_alone_until_one_fails_alone():
     assert scheduler.suspect(plan) == [bad]
     scheduler.end(bad)
     assert run_down(scheduler) == [good]
+
+
+def test_who_had_no_part_in_a_step_that_failed_pauses_and_computes_no_token_twice():
+    scheduler = Scheduler(SMALL)
+    bystander = scheduler.add(asks(4, 5), now_s=0)
+    step(scheduler)
+    suspects = [scheduler.add(asks(3, 3, priority=1), now_s=0) for _ in range(2)]
+    plan = scheduler.plan(now_s=0)
+    plan.runs = [run for run in plan.runs if run.sequence in suspects]
+    assert scheduler.suspect(plan) == []
+    owned = (list(bystander.pages), bystander.slot, bystander.num_computed)
+    for suspect in suspects:
+        assert step(scheduler) == {suspect: 3}
+        assert (bystander.pages, bystander.slot, bystander.num_computed) == owned
+    assert step(scheduler)[bystander] == 1

@@ -106,19 +106,19 @@ class ReasoningBudget:
 class Request:
     """A prompt and what is wanted of it.
 
-    prompt, stop_ids: ids; the latter are the tokenizer's own, which end an answer. tenant, weight: whose share of the
-    machine it takes, and how large that is beside others'. priority: of waiting requests the highest runs first.
-    deadline_s: seconds from submission until it has to be done. num_logprobs: None for no scores, else how many of the
-    likeliest are scored beside the token itself; scores_prompt: whether the prompt's tokens are scored too.
-    embeds: no answer is wanted, but the mean of the prompt's hidden states, normalised.
+    prompt, stop_ids: ids; the latter are the tokenizer's own, which end an answer. id: what a log calls the request.
+    tenant, weight: whose share of the machine it takes, and how large that is beside others'. priority: of waiting
+    requests the highest runs first. deadline_s: seconds from submission until it has to be done. num_logprobs: None for
+    no scores, else how many of the likeliest are scored beside the token itself; scores_prompt: whether the prompt's
+    tokens are scored too. embeds: no answer is wanted, but the mean of the prompt's hidden states, normalised.
     """
 
     prompt: tuple[int, ...]
+    id: str = ""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop_ids: frozenset[int] = frozenset()
     tenant: str = ""
     weight: float = 1.0
-    id: str = ""
     priority: int = 0
     deadline_s: float | None = None
     num_logprobs: int | None = None
@@ -161,6 +161,6 @@ class Event:
     scores: tuple[Score, ...] = ()
     prompt_scores: tuple[Score | None, ...] = ()
     embedding: tuple[float, ...] = ()
-    finish: Finish | None = None
     queue_s: float | None = None
     prefill_s: float | None = None
+    finish: Finish | None = None

@@ -179,10 +179,9 @@ class Scheduler:
                 yield sequence, Finish(reason="deadline", message=f"not done after {deadline_s:g} s")
 
     def _plan_alone(self, plan: Plan, sequence: Sequence) -> None:
-        for other in list(self._running.values()):
-            if other is not sequence:
-                self._preempt(other)
-        if sequence.is_running or self._admit(sequence, instead_of=[]):
+        """Let one sequence run. The others pause: they keep what they own and have computed, but for what it needs."""
+        others = sorted((other for other in self._running.values() if other is not sequence), key=_rank)
+        if sequence.is_running or self._admit(sequence, instead_of=others):
             self._run(plan, sequence, self.limits.budget_tokens)
 
     def _run(self, plan: Plan, sequence: Sequence, budget: int) -> int:

@@ -148,13 +148,13 @@ class Answers:
         """
         request = Request(
             prompt=prompt.ids,
+            id=caller.request_id,
             sampling=options.sampling,
             stop_ids=self._model.tokenizer.stop_ids,
             tenant=caller.key_id,
             weight=caller.weight,
             priority=options.priority,
             deadline_s=options.deadline_s,
-            id=caller.request_id,
             num_logprobs=options.num_logprobs,
             scores_prompt=options.scores_prompt,
             reasoning=await self._reasoning_budget(prompt, options),
@@ -165,6 +165,7 @@ class Answers:
                 submission.num_written += len(event.tokens)
                 delta = writing.take(event)
                 if delta.finish_reason:
+                    caller.spent.finish = delta.finish_reason
                     yield delta
                     return
                 if delta.pieces or delta.scores or delta.prompt_scores:
@@ -172,7 +173,6 @@ class Answers:
 
     async def embed(self, prompt: Prompt, caller: Caller) -> tuple[tuple[float, ...], int]:
         """Return the mean of a prompt's hidden states, of length 1, and the number of its tokens."""
-                    caller.spent.finish = delta.finish_reason
         request = Request(
             prompt=prompt.ids, id=caller.request_id, embeds=True, tenant=caller.key_id, weight=caller.weight
         )
