@@ -1,6 +1,5 @@
 """Answers while they are written: how they come does not matter, and nothing that a client sends breaks them."""
 
-import copy
 import json
 
 import httpx
@@ -14,6 +13,7 @@ from freehold.serve.dialect_shapes import MessageAnswer, ResponseAnswer
 from freehold.serve.responses import ResponseWriting
 from freehold.serve.responses_schema import ResponsesRequest
 from freehold.text.answer import ReasoningPiece, TextPiece
+from serve.bodies import BODIES, ODD, changed, places
 from serve.scripted import SCRIPTS, ScriptedAnswers, call, ended, reasoning, said, text
 from serve.servers import running_server
 
@@ -68,72 +68,10 @@ def test_answer_does_not_depend_on_how_it_came(make, pieces):
     json.dumps(events)
 
 
-BODIES = {
-    "/v1/messages": {
-        "model": "scripted",
-        "max_tokens": 2000,
-        "system": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}],
-        "messages": [
-            {"role": "user", "content": [{"type": "text", "text": "x"}]},
-            {
-                "role": "assistant",
-                "content": [
-                    {"type": "thinking", "thinking": "x", "signature": ""},
-                    {"type": "tool_use", "id": "t", "name": "f", "input": {"a": 1}},
-                ],
-            },
-            {
-                "role": "user",
-                "content": [
-                    {"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "x"}]},
-                    {"type": "text", "text": "x"},
-                ],
-            },
-        ],
-        "tools": [{"name": "f", "input_schema": {"type": "object"}}],
-        "tool_choice": {"type": "auto"},
-        "thinking": {"type": "enabled", "budget_tokens": 1024},
-        "stop_sequences": ["x"],
-    },
-    "/v1/responses": {
-        "model": "scripted",
-        "input": [
-            {"role": "user", "content": [{"type": "input_text", "text": "x"}]},
-            {"type": "reasoning", "id": "r", "summary": [], "content": [{"type": "reasoning_text", "text": "x"}]},
-            {"type": "function_call", "call_id": "t", "name": "f", "arguments": "{}"},
-            {"type": "function_call_output", "call_id": "t", "output": "x"},
-        ],
-        "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}}],
-        "tool_choice": "auto",
-        "reasoning": {"effort": "low"},
-        "text": {"format": {"type": "text"}},
-        "metadata": {"a": "b"},
-    },
-}
-ODD = (None, True, -1, 1e400, "", "\ud800", "x" * 2000, [], {}, [[]], {"type": "text"}, {"type": []}, {"role": {}})
-
-
 @pytest.fixture(scope="module")
 def url():
     with running_server(ScriptedAnswers(ended(text("x")))) as address:
         yield address
-
-
-def places(value, above=()):
-    """Yield the place of every value in a body."""
-    for key, each in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield (*above, key)
-        yield from places(each, (*above, key))
-
-
-def changed(body, place, odd):
-    """Return a body with something else in a place."""
-    body = copy.deepcopy(body)
-    inner = body
-    for key in place[:-1]:
-        inner = inner[key]
-    inner[place[-1]] = odd
-    return body
 
 
 @pytest.mark.parametrize("path", BODIES)

@@ -5,12 +5,13 @@ place between the keys of the body, and a type alone could be one of these keys.
 """
 
 import json
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator
 from pydantic_core import PydanticCustomError
 
-MAX_SHOWN = 40
+NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")  # what of a request is repeated: no text, but what it is called
 
 
 def tag_by(key: str, noun: str, *, default: str | None = None) -> Discriminator:
@@ -28,9 +29,10 @@ def refuse_others(key: str, noun: str, *types: str) -> BeforeValidator:
     def check(value: Any) -> Any:
         found = _type_of(value, key)
         if found is not None and found not in types:
-            shown = {"found": ascii(found).strip("'")[:MAX_SHOWN], "types": ", ".join(types)}
-            message = f"{noun}s with the {key} {{found}} are not supported here, only {{types}}"
-            raise PydanticCustomError("unsupported", message, shown)
+            is_name = isinstance(found, str) and NAME.fullmatch(found)
+            which = {"which": f"the {key} {found}" if is_name else f"such a {key}", "types": ", ".join(types)}
+            message = f"{noun}s with {{which}} are not supported here, only {{types}}"
+            raise PydanticCustomError("unsupported", message, which)
         return value
 
     return BeforeValidator(check)
