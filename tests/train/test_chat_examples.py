@@ -1,12 +1,16 @@
 """The mask of conversations, in the templates of all three families: what is trained on is what the assistant wrote."""
 
+from unicodedata import normalize
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from freehold.errors import BadRequest
 from freehold.text.chat import ChatTemplate
 from freehold.train.chat_examples import ChatExample, ChatRenderer, Supervision
 from text.conversations import ANSWER, ASK, CALLS, CLOCK, RESULT, SAY_AND_CALL, SYSTEM, THOUGHT, WEATHER
-from train.tokenizers import FAMILIES, template_of, tokenizer_of
+from train.tokenizers import FAMILIES, MARKS, template_of, tokenizer_of
 
 TOOLS = [WEATHER, CLOCK]
 END = {"llama": "<|eot_id|>", "qwen": "<|im_end|>", "nemotron": "<|im_end|>"}
@@ -22,9 +26,10 @@ CONVERSATIONS = {
 }
 
 
-@pytest.fixture
-def made(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     """Return a function that gives a family's tokenizer and a conversation's examples."""
+    tmp_path = tmp_path_factory.mktemp("tokenizer")
 
     def make(family, messages, *, tools=None, supervision=None, template=None):
         tokenizer = tokenizer_of(family, tmp_path)
@@ -87,6 +92,25 @@ def test_ids_are_those_of_the_whole_rendering(made, family, name):
     assert ids == whole[: len(ids)]
     assert examples[-1].trained[-1]
     assert ids[-1] in tokenizer.stop_ids
+
+
+@EACH
+@given(data=st.data())
+@settings(max_examples=25)
+def test_any_answer_to_anything_is_what_is_trained_on(made, family, data):
+    """What the user writes may hold every mark; answers are any text without "<", which could begin one."""
+    words = st.text() | st.sampled_from(["assistant", "\n", " ", "é", "</think>", *MARKS, *END.values()])
+    questions = st.lists(words, max_size=6).map("".join)
+    answers = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), max_size=20)
+    answers = answers.map(lambda text: normalize("NFC", text))
+    turns = data.draw(st.lists(st.tuples(questions, answers), min_size=1, max_size=3))
+    messages = [m for ask, said in turns for m in ({**ASK, "content": ask}, {**ANSWER, "content": said})]
+    tokenizer, (example,) = made(family, messages)
+    found = [run.removesuffix(END[family]) for run in learnt(tokenizer, example)]
+    assert len(found) == len(turns)
+    for text, (_, said) in zip(found, turns, strict=True):
+        is_same = text.strip() == said.strip()
+        assert is_same or (example.num_joined > 0 and said.strip().endswith(text.strip()))
 
 
 def test_reasoning_is_trained_on_or_left_out(made):

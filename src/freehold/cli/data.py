@@ -68,7 +68,7 @@ def build(
     """Turn files into a data set: tokens and what of them is trained on, in a folder of shards.
 
     A build that was stopped, by Ctrl-C or a full disk, goes on after its last whole shard when the same command is
-    given again. The same files give the same bytes.
+    given again. The same files give the same bytes, but where a template writes the day.
 
     Examples:
 
