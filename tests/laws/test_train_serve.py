@@ -1,19 +1,28 @@
-"""Law 4 without a trainer: the training forward has the bits of serving, its gradients are the reference's."""
+"""Law 4: training computes with the bits of serving, its gradients are the reference's."""
+
+from threading import Event
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from freehold.engine.engine import Engine
+from freehold.engine.request import Request, SamplingParams
+from freehold.engine.scheduler import Limits
 from freehold.evaluate.laws import relative_difference
 from freehold.models.decoder import Decoder
 from freehold.models.layout import Capacity, Layout
 from freehold.models.spec import MoeSpec
 from freehold.ops.attention import PAGE_TOKENS
+from freehold.ops.loss import token_logprobs
+from freehold.train.batch import Batch, Example
 from models.blocks import SPECS, random_block, random_hidden
 from models.forms import FORMS, needs_kernels, on_threads, running, same_bits
 from models.packing import PACKED_LLAMA, PACKED_NEMOTRON, pack_decoder
-from models.tiny import CONFIGS, random_tokens, tiny_decoder
+from models.tiny import CONFIGS, MTP, random_tokens, tiny_decoder
+from train.steps import batch_of, step_on, training
 
 pytestmark = needs_kernels
 
@@ -157,3 +166,55 @@ def test_a_gradient_flows_through_blocks_of_packed_weights(dtype):
     (gradient_TD,) = torch.autograd.grad(out_TD.float().square().sum(), hidden_TD)
     assert gradient_TD.isfinite().all()
     assert gradient_TD.count_nonzero() > 0
+
+
+# Prompts are read in chunks, in company, and answers drawn at a temperature: neither is in what a score says.
+BUSY = Limits(num_slots=4, num_pages=32, page_size=32, budget_tokens=24, max_positions=128)
+DRAWN = SamplingParams(max_tokens=9, temperature=1.3, top_p=0.9, ignore_eos=True)
+
+
+def listener(events: list, is_over: Event):
+    def hear(event) -> None:
+        events.append(event)
+        if event.finish:
+            is_over.set()
+
+    return hear
+
+
+def answered(decoder: Decoder) -> tuple[list[list[int]], list[float]]:
+    """Return the texts that an engine makes of some prompts, and its log-probabilities of all but first tokens."""
+    texts, logprobs = [], []
+    model = SimpleNamespace(decoder=decoder, text=SimpleNamespace(tokenizer=None))
+    with Engine(model, BUSY) as engine:
+        heard: list[list] = [[] for _ in LENGTHS]
+        done = [Event() for _ in LENGTHS]
+        for length, events, is_over in zip(LENGTHS, heard, done, strict=True):
+            prompt = tuple(random_tokens(length, seed=length).tolist())
+            request = Request(prompt=prompt, sampling=DRAWN, num_logprobs=0, scores_prompt=True)
+            engine.submit(request, listener(events, is_over))
+        assert all(is_over.wait(60) for is_over in done)
+    for events in heard:
+        scores = [score for event in events for score in (*event.prompt_scores, *event.scores)]
+        texts.append([score.id for score in scores if score])
+        logprobs += [score.logprob for score in scores if score]
+    return texts, logprobs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("config", [*(CONFIGS[name] for name in NAMES), MTP], ids=[*NAMES, "nemotron-mtp"])
+def test_log_probabilities_of_training_are_the_engines(config, dtype):
+    decoder = training(config, dtype=dtype)
+    step_on(decoder, [batch_of()])  # of weights that training has just moved
+    texts, served_logprobs = answered(decoder)
+    assert [len(text) for text in texts] == [length - 1 + 9 for length in LENGTHS]
+    firsts = [random_tokens(length, seed=length)[0] for length in LENGTHS]
+    examples = [
+        Example(tokens_L=torch.tensor([first, *text[:-1]]), labels_L=torch.tensor(text))
+        for first, text in zip(firsts, texts, strict=True)
+    ]
+    batch = Batch.packed(examples)
+    hidden_TD = decoder(batch.tokens_T, batch.layout)
+    assert hidden_TD.requires_grad
+    trained_T = token_logprobs(hidden_TD, decoder.lm_head.weight, batch.labels_T).detach()
+    assert trained_T.tolist() == served_logprobs
