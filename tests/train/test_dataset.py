@@ -6,11 +6,14 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from freehold.errors import BadFile, BadInput, NotFound
 from freehold.ops.loss import IGNORED
@@ -206,6 +209,29 @@ def test_a_changed_byte_is_found_by_its_digest(rows, tmp_path):
         shards[2].verify()
 
 
+@given(place=st.integers(0, 2000), value=st.integers(0, 255))
+def test_any_other_byte_in_a_shard_is_refused_or_changes_no_token(small, place, value):
+    dataset, folder = small
+    file = folder / "shard-00000.bin"
+    content = file.read_bytes()
+    try:
+        file.write_bytes(content[:place] + bytes([value]) + content[place + 1 :])
+        with suppress(BadFile):
+            changed = Dataset(folder)
+            changed.shards[0].verify()
+            assert read_back(changed) == read_back(dataset)
+    finally:
+        file.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Build a data set of one shard."""
+    folder = tmp_path_factory.mktemp("small")
+    dataset = build([write_rows(folder / "a.jsonl", [*chats(3), *texts(3)])], folder / "out", tokens_per_shard=10_000)
+    return dataset, folder / "out"
+
+
 def test_a_missing_shard_is_named(rows, tmp_path):
     build(rows, tmp_path / "out")
     (tmp_path / "out" / "shard-00001.bin").unlink()
@@ -221,10 +247,24 @@ def test_a_shard_of_another_data_set_is_refused(rows, tmp_path):
         Dataset(tmp_path / "out")
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"plan": {}}', '{"plan": {"format": "freehold data 2"}}'])
-def test_a_damaged_manifest_is_refused(rows, tmp_path, content):
+DAMAGES = {
+    "empty": lambda text: "",
+    "cut short": lambda text: text[:-20],
+    "no object": lambda text: "[]",
+    "no plan": lambda text: '{"plan": {}, "shards": {}}',
+    "a later version": lambda text: text.replace("freehold data 1", "freehold data 2"),
+    "an unknown key": lambda text: text.replace('"reasoning"', '"mood"'),
+    "no shards": lambda text: json.dumps(json.loads(text) | {"shards": {}}),
+    "shards as a list": lambda text: json.dumps(json.loads(text) | {"shards": ["shard-00000.bin"]}),
+    "a shard elsewhere": lambda text: text.replace("shard-00001", "../shard-00001"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_manifest_is_refused(rows, tmp_path, damage):
     build(rows, tmp_path / "out")
-    (tmp_path / "out" / MANIFEST).write_text(content)
+    manifest = tmp_path / "out" / MANIFEST
+    manifest.write_text(damage(manifest.read_text()))
     with pytest.raises(BadFile, match="damaged, or another version"):
         Dataset(tmp_path / "out")
 

@@ -19,8 +19,8 @@ from freehold.train.shards import Shard, ShardHeader, ShardWriter, write_whole
 from freehold.train.tokenized import DocumentTokenizer
 from freehold.trust.identity import digest_files
 
-# A shard is written from memory, and is what a stopped build loses at most.
-TOKENS_PER_SHARD = 1 << 24
+# A shard is written from memory, is what a stopped build loses at most, and takes a file descriptor while it is mapped.
+TOKENS_PER_SHARD = 1 << 26
 NOTHING_TRAINED = "nothing is trained on in these files: no row has a text, or an answer of an assistant"
 
 Progress = Callable[[int, int], None]  # bytes of the sources that are done, and all of them

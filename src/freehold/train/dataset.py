@@ -6,11 +6,9 @@ sequence number n. Not here: the order of sequences (order.py), and which go tog
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,8 +51,7 @@ class Dataset:
     def __init__(self, folder: Path) -> None:
         """Open a data set; headers are read, tokens are not. Raises: NotFound, BadFile."""
         self.name = folder.name
-        manifest = _read_manifest(folder)
-        self.plan, self._digests = _plan_of(manifest), dict(manifest["shards"])
+        self.plan, self._digests = _read_manifest(folder)
         self.shards = tuple(Shard(folder / name) for name in self._digests)
         for shard, digest in zip(self.shards, self._digests.values(), strict=True):
             if shard.header.plan != self.plan.digest or shard.header.payload_sha256 != digest:
@@ -146,7 +143,8 @@ class Sequences:
         return (shard, bool(shard.firsts[document])), start, stop
 
 
-def _read_manifest(folder: Path) -> Mapping[str, Any]:
+def _read_manifest(folder: Path) -> tuple[Plan, dict[str, str]]:
+    """Return the plan of a data set, and the digest of each shard by its name."""
     file = folder / MANIFEST
     if not folder.is_dir():
         raise NotFound(f"there is no folder {folder.name}")
@@ -157,14 +155,11 @@ def _read_manifest(folder: Path) -> Mapping[str, Any]:
         )
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        if manifest["plan"]["format"] != FORMAT or not manifest["shards"]:
+        fields, shards = manifest["plan"], manifest["shards"]
+        sources = tuple((name, sha256) for name, sha256 in fields["sources"])
+        plan = Plan(**{**fields, "sources": sources, "ignored": tuple(fields["ignored"])})
+        if plan.format != FORMAT or not isinstance(shards, dict) or not shards or any("/" in name for name in shards):
             raise ValueError
     except (ValueError, TypeError, KeyError, RecursionError):
         raise BadFile(f"{folder.name}/{MANIFEST} is damaged, or another version's", hint=REBUILD) from None
-    return manifest
-
-
-def _plan_of(manifest: Mapping[str, Any]) -> Plan:
-    fields = manifest["plan"]
-    sources = tuple((name, sha256) for name, sha256 in fields["sources"])
-    return Plan(**{**fields, "sources": sources, "ignored": tuple(fields["ignored"])})
+    return plan, shards
