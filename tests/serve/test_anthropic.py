@@ -255,8 +255,11 @@ REFUSED = {
         {"messages": [*QUESTION, {"role": "assistant", "content": ASKED["content"] * 2}, *QUESTION]},
         "messages[1].content[1]: a second call",
     ),
-    "any tool": ({"tools": [TOOL], "tool_choice": {"type": "any"}}, "the types any and tool"),
-    "one tool": ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "weather"}}, "the types any and tool"),
+    "unnamed tool": ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "a name goes with the type tool"),
+    "named any": (
+        {"tools": [TOOL], "tool_choice": {"type": "any", "name": "weather"}},
+        "a name goes with the type tool",
+    ),
     "server tool": ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0]"),
     "two tools of a name": ({"tools": [TOOL, TOOL]}, "second tool named 'weather'"),
     "budget": ({"thinking": {"type": "enabled", "budget_tokens": 50}}, "budget_tokens has to be less than max_tokens"),

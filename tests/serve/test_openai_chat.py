@@ -202,8 +202,8 @@ def test_a_prompt_that_is_too_long_is_refused_with_the_numbers(client, stream):
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"extra_body": {"reasoning_budget": 5}}, "reasoning_budget"),
         ({"tools": [WEATHER]}, None),  # this model's template has no place for them
-        ({"tools": [WEATHER], "tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tool_choice": "required"}, None),
+        ({"response_format": {"type": "json_object"}, "extra_body": {"ignore_eos": True}}, None),
         ({"extra_body": {"frobnicate": 1}}, "frobnicate"),
         ({"extra_body": {"chat_template_kwargs": {"messages": "x"}}}, None),
     ],

@@ -278,16 +278,17 @@ REFUSED = {
     "prompt": ({"prompt": {"id": "p"}}, "prompt is not supported"),
     "scores": ({"top_logprobs": 3}, "top_logprobs is not supported"),
     "truncation": ({"truncation": "auto"}, "truncation"),
-    "schema": ({"text": {"format": {"type": "json_object"}}}, "text.format: formats with the type json_object"),
+    "grammar": ({"text": {"format": {"type": "grammar"}}}, "text.format: formats with the type grammar"),
     "verbosity": ({"text": {"verbosity": "low"}}, "text.verbosity is not supported"),
     "built-in tool": (
         {"tools": [{"type": "web_search"}]},
         "tools[0]: tools with the type web_search are not supported",
     ),
-    "strict tool": ({"tools": [TOOL | {"strict": True}]}, "tools[0].strict: answers cannot be held"),
     "two tools of a name": ({"tools": [TOOL, TOOL]}, "second tool named 'weather'"),
-    "required call": ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice: a choice that forces"),
-    "chosen call": ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "weather"}}, "a choice that forces"),
+    "built-in choice": (
+        {"tools": [TOOL], "tool_choice": {"type": "web_search"}},
+        "choices with the type web_search are not supported",
+    ),
     "effort": ({"reasoning": {"effort": "xhigh"}}, "reasoning.effort"),
     "summary": ({"reasoning": {"summary": "auto"}}, "reasoning.summary"),
     "image": (

@@ -13,13 +13,17 @@ from freehold.ops.sampling import Drawing, penalize, sample_rows, uniform_draw
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where an answer goes on: the logits [V] of what may come, what is there, and what may not come."""
+    """Where an answer goes on: the logits [V] of what may come, what is there, and what may not come.
+
+    allowed: a byte for each id, zero where a grammar forbids it; None where there is none.
+    """
 
     logits_V: Tensor
     prompt: Sequence[int]
     answer: Sequence[int]
     sampling: SamplingParams
     banned: Collection[int] = ()
+    allowed: bytes | None = None
 
 
 @torch.inference_mode()
@@ -48,11 +52,18 @@ def _no_number() -> BadInput:
 
 
 def _adjusted(place: Place) -> Tensor:
-    """Return the logits with bias, bans and penalties."""
+    """Return the logits with what is allowed, bias, bans and penalties."""
     logits_V, sampling = place.logits_V, place.sampling
+    if place.allowed is not None:
+        logits_V = _only(logits_V, place.allowed)
     if place.banned or sampling.logit_bias:
         logits_V = _biased(logits_V, sampling, place.banned)
     return _penalized(logits_V, place.prompt, place.answer, sampling) if sampling.penalizes else logits_V
+
+
+def _only(logits_V: Tensor, allowed: bytes) -> Tensor:
+    allowed_V = torch.frombuffer(bytearray(allowed), dtype=torch.uint8)[: len(logits_V)]
+    return logits_V.masked_fill(allowed_V.to(logits_V.device) == 0, -torch.inf)
 
 
 def _biased(logits_V: Tensor, sampling: SamplingParams, banned: Collection[int]) -> Tensor:

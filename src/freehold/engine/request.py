@@ -3,9 +3,12 @@
 import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from freehold.errors import BadRequest
+
+if TYPE_CHECKING:  # what follows it needs the library of grammars, and a request without one does not
+    from freehold.text.grammar import Grammar
 
 # Smallest and largest value. Where these are integers, the value must be one.
 LIMITS: dict[str, tuple[float, float]] = {
@@ -110,7 +113,8 @@ class Request:
     tenant, weight: whose share of the machine it takes, and how large that is beside others'. priority: of waiting
     requests the highest runs first. deadline_s: seconds from submission until it has to be done. num_logprobs: None for
     no scores, else how many of the likeliest are scored beside the token itself; scores_prompt: whether the prompt's
-    tokens are scored too. embeds: no answer is wanted, but the mean of the prompt's hidden states, normalised.
+    tokens are scored too. embeds: no answer is wanted, but the mean of the prompt's hidden states, normalised. grammar:
+    what the answer is held to, reasoning included; where it is complete, only a stop id can follow.
     """
 
     prompt: tuple[int, ...]
@@ -125,6 +129,7 @@ class Request:
     scores_prompt: bool = False
     embeds: bool = False
     reasoning: ReasoningBudget | None = None
+    grammar: "Grammar | None" = None
 
     @property
     def end_ids(self) -> frozenset[int]:

@@ -99,9 +99,11 @@ class Runner:
     def _drawn(self, runs: Rows[Run], logits: list[Tensor], outcomes: list[Outcome]) -> list[Outcome]:
         """Return the outcomes with the tokens of those runs that were the last and want one."""
         drawing = [index for index, run in enumerate(runs) if run.is_last and not run.sequence.request.embeds]
-        tokens = draw([self._place(runs[index].sequence, logits[index]) for index in drawing])
+        places = [self._place(runs[index].sequence, logits[index]) for index in drawing]
+        tokens = iter(draw([place for place in places if isinstance(place, Place)]))
         drawn = list(outcomes)
-        for index, token in zip(drawing, tokens, strict=True):
+        for index, place in zip(drawing, places, strict=True):
+            token = next(tokens) if isinstance(place, Place) else place
             if isinstance(token, BadInput):
                 drawn[index] = replace(outcomes[index], error=token)
             else:
@@ -109,14 +111,19 @@ class Runner:
                 drawn[index] = replace(outcomes[index], token=token, logits_V=kept)
         return drawn
 
-    def _place(self, sequence: Sequence, logits_V: Tensor) -> Place:
+    def _place(self, sequence: Sequence, logits_V: Tensor) -> Place | BadInput:
         request = sequence.request
+        try:
+            allowed = sequence.matcher.allowed() if sequence.matcher else None
+        except BadInput as error:
+            return error
         return Place(
             logits_V=logits_V[: self._num_ids],
             prompt=request.prompt,
             answer=sequence.known[sequence.prompt_length :],
             sampling=request.sampling,
             banned=request.end_ids if sequence.must_go_on else (),
+            allowed=allowed,
         )
 
 

@@ -31,6 +31,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.known = list(self.request.prompt)
         self.reasoning = Reasoning(self) if self.request.reasoning else None
+        self.matcher = self.request.grammar.start() if self.request.grammar else None
 
     @property
     def prompt_length(self) -> int:
@@ -52,6 +53,8 @@ class Sequence:
         """Add the next token of the answer, the drawn one unless the reasoning's budget wants another; return it."""
         token = self.reasoning.next_token(drawn) if self.reasoning else drawn
         self.known.append(token)
+        if self.matcher:
+            self.matcher.accept(token)
         return token
 
     @property
@@ -69,6 +72,8 @@ class Sequence:
     @property
     def must_go_on(self) -> bool:
         """Whether the next token may not be a stop id: a longer answer is wanted, or there would be none at all."""
+        if self.matcher and self.matcher.is_complete:
+            return False
         is_short = self.answer_length < self.request.sampling.min_tokens
         return is_short or (self.reasoning is not None and self.reasoning.has_just_closed)
 

@@ -43,7 +43,7 @@ def sample(logits_V: Tensor, *, temperature: float, top_k: int, top_p: float, mi
         values, ids = values[:top_k], ids[:top_k]
     probabilities = ((values - values[0]) / temperature).softmax(dim=0)
     before = probabilities.cumsum(dim=0) - probabilities
-    kept = (before < top_p) & (probabilities >= min_p * probabilities[0])
+    kept = (before < top_p) & (probabilities >= min_p * probabilities[0]) & (probabilities > 0)
     kept[0] = True
     cumulative = (probabilities * kept).cumsum(dim=0)
     index = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))

@@ -18,6 +18,8 @@ from freehold.errors import BadRequest
 from freehold.serve.caller import Caller, Quotas
 from freehold.serve.submission import Submission
 from freehold.text.answer import AnswerParser, Piece, TextPiece, ToolCallPiece
+from freehold.text.answer_grammar import FREE, Form, write_grammar
+from freehold.text.grammar import Grammar, Grammars
 from freehold.text.stream import Detokenizer, StopStrings
 
 READING_THREADS = 2
@@ -49,7 +51,8 @@ class Options:
     """What a request says of its answer.
 
     num_logprobs, scores_prompt, priority, deadline_s: as in engine.request. reasoning_tokens: how many an answer may
-    reason, None for no limit. parallel_tool_calls: False ends an answer after its first call.
+    reason, None for no limit. parallel_tool_calls: False ends an answer after its first call. form: what the answer is
+    held to.
     """
 
     sampling: SamplingParams
@@ -57,6 +60,7 @@ class Options:
     scores_prompt: bool = False
     reasoning_tokens: int | None = None
     parallel_tool_calls: bool = True
+    form: Form = FREE
     priority: int = 0
     deadline_s: float | None = None
 
@@ -105,6 +109,8 @@ class Answers:
         self._model: Model = engine.model
         self._quotas = quotas
         self._threads = ThreadPoolExecutor(READING_THREADS, thread_name_prefix="freehold-reading")
+        # One of its own: schemas that take long are waited for by schemas alone.
+        self._grammar_thread = ThreadPoolExecutor(1, thread_name_prefix="freehold-grammars")
 
     @property
     def reasons(self) -> bool:
@@ -158,6 +164,7 @@ class Answers:
             num_logprobs=options.num_logprobs,
             scores_prompt=options.scores_prompt,
             reasoning=await self._reasoning_budget(prompt, options),
+            grammar=await self._grammar(prompt, options),
         )
         writing = _Writing(self._model, prompt, options)
         async with Submission(self.engine, request, caller, self._quotas) as submission:
@@ -184,7 +191,8 @@ class Answers:
 
     def close(self) -> None:
         """Let the threads go."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._grammar_thread):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     async def _reasoning_budget(self, prompt: Prompt, options: Options) -> ReasoningBudget | None:
         if options.reasoning_tokens is None:
@@ -200,6 +208,25 @@ class Answers:
             newline_ids=newlines,
             is_open=dialect.is_reasoning_after(prompt.text),
         )
+
+    async def _grammar(self, prompt: Prompt, options: Options) -> Grammar | None:
+        if options.form.is_free:
+            return None
+        if options.sampling.ignore_eos:
+            raise BadRequest("ignore_eos contradicts an answer that is held to a form, which ends with it")
+        tokenizer, dialect = self._model.tokenizer, self._model.text.dialect
+
+        def compile_grammar() -> Grammar:
+            written = write_grammar(
+                options.form, dialect, tools=prompt.tools, prompt=prompt.text or "", token_id=tokenizer.token_id
+            )
+            return self._grammars.compile(written.text, written.schemas)
+
+        return await asyncio.get_running_loop().run_in_executor(self._grammar_thread, compile_grammar)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self._model.tokenizer)
 
     def _ids_of(self, mark: str) -> tuple[int, ...]:
         token = self._model.tokenizer.token_id(mark)

@@ -20,6 +20,7 @@ from freehold.serve.anthropic_schema import CountRequest, Message, MessagesReque
 from freehold.serve.asking import SEED_BITS, caller_of, check_model, settings_of
 from freehold.serve.dialect_shapes import MESSAGE_ERRORS, CountedTokens, MessageAnswer
 from freehold.serve.errors import Refused, request_id_of
+from freehold.serve.forms import form_of
 from freehold.serve.openai_chat import THINKING_SWITCH
 from freehold.serve.turns import Turns
 from freehold.serve.writing import Event, streamed, whole
@@ -27,6 +28,8 @@ from freehold.text.answer import Piece, ReasoningPiece, TextPiece, ToolCallPiece
 
 # Where Anthropic's clients look for a request's id.
 REQUEST_ID_HEADER = "request-id"
+# Of a choice of tools, in OpenAI's words.
+CHOICES = {"auto": "auto", "none": "none", "any": "required", "tool": "required"}
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -206,6 +209,12 @@ def _options(body: MessagesRequest) -> Options:
         ),
         reasoning_tokens=body.thinking.budget_tokens if body.thinking else None,
         parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
+        form=form_of(
+            CHOICES[choice.type] if choice else None,
+            name=choice.name if choice else None,
+            is_parallel=not (choice and choice.disable_parallel_tool_use),
+            is_strict=any(tool.strict for tool in body.tools or ()),
+        ),
     )
 
 

@@ -111,6 +111,7 @@ class Tool(Strict):
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
     description: str | None = None
     input_schema: JsonObject
+    strict: bool | None = None
     cache_control: CacheControl | None = None
 
     def for_template(self) -> dict[str, Any]:
@@ -120,20 +121,16 @@ class Tool(Strict):
 
 
 class ToolChoice(Strict):
-    """Whether tools may be called, and several at once. none: the model does not see them."""
+    """Whether tools may be, or have to be called, and several at once. none: the model does not see them."""
 
     type: Literal["auto", "none", "any", "tool"]
     name: ShortText | None = None
     disable_parallel_tool_use: bool | None = None
 
     @model_validator(mode="after")
-    def _is_free(self) -> Self:
-        if self.type in ("any", "tool"):
-            raise PydanticCustomError(
-                "unsupported", "the types any and tool, which force a call, are not supported yet; auto and none are"
-            )
-        if self.name is not None:
-            raise PydanticCustomError("name", "a name goes with the type tool, which is not supported yet")
+    def _agrees(self) -> Self:
+        if (self.type == "tool") != (self.name is not None):
+            raise PydanticCustomError("name", "a name goes with the type tool, which needs it")
         return self
 
 

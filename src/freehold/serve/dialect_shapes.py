@@ -179,7 +179,7 @@ class ResponseAnswer(TypedDict):
     store: Literal[False]
     temperature: float
     text: dict[str, Any]
-    tool_choice: Literal["auto", "none"]
+    tool_choice: Literal["auto", "none", "required"] | dict[str, str]
     tools: list[dict[str, Any]]
     top_p: float
     truncation: Literal["disabled"]

@@ -21,7 +21,8 @@ from freehold.serve.asking import (
     with_seed,
 )
 from freehold.serve.errors import Refused
-from freehold.serve.schema import ChatRequest
+from freehold.serve.forms import form_of
+from freehold.serve.schema import ChatRequest, ToolChoice
 from freehold.serve.shapes import (
     ERRORS,
     Call,
@@ -38,6 +39,7 @@ from freehold.serve.shapes import (
 )
 from freehold.serve.sse import DONE, EventStream, data_line, merged, while_connected
 from freehold.text.answer import Piece, ReasoningPiece, TextPiece, ToolCallPiece
+from freehold.text.answer_grammar import Form
 
 EFFORT_TOKENS = {"low": 1024, "medium": 4096, "high": 16384}
 THINKING_SWITCH = "enable_thinking"
@@ -92,6 +94,18 @@ def options_of(body: ChatRequest, answers: Answers) -> Options:
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         reasoning_tokens=_reasoning_tokens(body),
         parallel_tool_calls=body.parallel_tool_calls is not False,
+        form=_form(body),
+    )
+
+
+def _form(body: ChatRequest) -> Form:
+    choice = body.tool_choice
+    return form_of(
+        choice if isinstance(choice, str) else None,
+        name=choice.function.name if isinstance(choice, ToolChoice) else None,
+        is_parallel=body.parallel_tool_calls is not False,
+        is_strict=any(tool.function.strict for tool in body.tools or ()),
+        schema=body.response_format.schema_of_answer if body.response_format else None,
     )
 
 

@@ -17,8 +17,10 @@ from freehold.serve.answers import Answers, AnswerUsage, Chat, Delta, Options
 from freehold.serve.asking import SEED_BITS, caller_of, check_model, settings_of
 from freehold.serve.dialect_shapes import ResponseAnswer
 from freehold.serve.errors import Refused
+from freehold.serve.forms import form_of
 from freehold.serve.openai_chat import EFFORT_TOKENS, THINKING_SWITCH
-from freehold.serve.responses_schema import CallItem, MessageItem, ReasoningItem, ResponsesRequest, Texts
+from freehold.serve.responses_schema import CallItem, MessageItem, ReasoningItem, ResponsesRequest, Texts, ToolChoice
+from freehold.serve.schema import Strict
 from freehold.serve.shapes import ERRORS
 from freehold.serve.turns import Turns
 from freehold.serve.writing import Event, streamed, whole
@@ -195,6 +197,13 @@ def _options(body: ResponsesRequest, answers: Answers) -> Options:
         ),
         reasoning_tokens=EFFORT_TOKENS.get(effort or ""),
         parallel_tool_calls=body.parallel_tool_calls is not False,
+        form=form_of(
+            body.tool_choice if isinstance(body.tool_choice, str) else None,
+            name=body.tool_choice.name if isinstance(body.tool_choice, ToolChoice) else None,
+            is_parallel=body.parallel_tool_calls is not False,
+            is_strict=any(tool.strict for tool in body.tools or ()),
+            schema=body.text.schema_of_answer if body.text else None,
+        ),
     )
 
 
@@ -216,12 +225,16 @@ def _head(body: ResponsesRequest) -> dict[str, Any]:
         "service_tier": "default",
         "store": False,
         "temperature": 1.0 if body.temperature is None else body.temperature,
-        "text": {"format": {"type": "text"}},
-        "tool_choice": body.tool_choice or "auto",
-        "tools": [{"parameters": None, **tool.given, "strict": False} for tool in body.tools or ()],
+        "text": {"format": _repeated(body.text and body.text.format, {"type": "text"})},
+        "tool_choice": _repeated(body.tool_choice, "auto"),
+        "tools": [{"parameters": None, **tool.given, "strict": bool(tool.strict)} for tool in body.tools or ()],
         "top_p": 1.0 if body.top_p is None else body.top_p,
         "truncation": "disabled",
     }
+
+
+def _repeated(given: Strict | str | None, default: Any) -> Any:
+    return given.model_dump(by_alias=True, exclude_none=True) if isinstance(given, Strict) else given or default
 
 
 def _new_item(piece: TextPiece | ReasoningPiece) -> dict[str, Any]:

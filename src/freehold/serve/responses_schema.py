@@ -6,14 +6,16 @@ Nothing is stored: `store` is false, also where it is not given, and whatever re
 `user`, `safety_identifier`, `prompt_cache_key` and `service_tier` have no effect; `metadata` comes back in the answer.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PrivateAttr, StringConstraints, Tag, model_validator
+from pydantic import Field, PrivateAttr, StringConstraints, Tag, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
 from pydantic_core import PydanticCustomError
 
 from freehold.serve.fields import JsonObject, refuse_others, refuse_true, tag_by
-from freehold.serve.schema import MAX_TOKENS, MAX_TOOLS, ShortText, Strict
+from freehold.serve.forms import ANY_OBJECT
+from freehold.serve.schema import MAX_TOKENS, MAX_TOOLS, NamedSchema, ShortText, Strict
 
 MAX_ITEMS = 4096
 MAX_PARTS = 4096
@@ -118,10 +120,7 @@ class Tool(Strict):
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
     description: str | None = None
     parameters: JsonObject | None = None
-    strict: (
-        Annotated[Literal[False], refuse_true("answers cannot be held to a schema yet, so strict can only be false")]
-        | None
-    ) = None
+    strict: bool | None = None
     _given: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @property
@@ -153,15 +152,36 @@ class Reasoning(Strict):
 
 
 class TextFormat(Strict):
-    """What an answer has to look like."""
+    """Any text, or any JSON object."""
 
-    type: Literal["text"]
+    type: Literal["text", "json_object"]
+
+
+class SchemaFormat(NamedSchema):
+    """JSON that keeps to a schema."""
+
+    type: Literal["json_schema"]
 
 
 class TextConfig(Strict):
-    """What an answer has to look like: only text is supported."""
+    """What an answer has to look like."""
 
-    format: Annotated[TextFormat, refuse_others("type", "format", "text")] | None = None
+    format: (
+        Annotated[
+            Annotated[TextFormat, Tag("text format")]
+            | Annotated[TextFormat, Tag("json_object format")]
+            | Annotated[SchemaFormat, Tag("json_schema format")],
+            tag_by("type", "format"),
+            refuse_others("type", "format", "text", "json_object", "json_schema"),
+        ]
+        | None
+    ) = None
+
+    @property
+    def schema_of_answer(self) -> Mapping[str, Any] | None:
+        if isinstance(self.format, SchemaFormat):
+            return self.format.content
+        return ANY_OBJECT if self.format and self.format.type == "json_object" else None
 
 
 class StreamOptions(Strict):
@@ -170,12 +190,11 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
-def _check_choice(choice: Any) -> Any:
-    if choice == "required" or isinstance(choice, dict):
-        raise PydanticCustomError(
-            "unsupported", "a choice that forces or limits calls is not supported yet; auto and none are"
-        )
-    return choice
+class ToolChoice(Strict):
+    """A function that has to be called."""
+
+    type: Literal["function"]
+    name: ShortText
 
 
 class ResponsesRequest(Strict):
@@ -190,7 +209,9 @@ class ResponsesRequest(Strict):
     tools: (
         Annotated[list[Annotated[Tool, refuse_others("type", "tool", "function")]], Field(max_length=MAX_TOOLS)] | None
     ) = None
-    tool_choice: Annotated[Literal["auto", "none"], BeforeValidator(_check_choice)] | None = None
+    tool_choice: (
+        Literal["none", "auto", "required"] | Annotated[ToolChoice, refuse_others("type", "choice", "function")] | None
+    ) = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     text: TextConfig | None = None

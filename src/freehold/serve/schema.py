@@ -4,13 +4,15 @@ Belongs here: fields, types and bounds, and what can be said of them without a m
 (shapes.py), and what is made of a request (openai_chat.py, openai_completions.py, embeddings.py, models.py).
 """
 
-from typing import Annotated, Any, Literal, NoReturn, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, field_validator, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
 from pydantic_core import PydanticCustomError
 
-from freehold.serve.fields import Unsupported
+from freehold.serve.fields import JsonObject, Unsupported
+from freehold.serve.forms import ANY_OBJECT
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 128
@@ -84,7 +86,7 @@ class Function(Strict):
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
 
 
 class Tool(Strict):
@@ -128,11 +130,32 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
+class NamedSchema(Strict):
+    """A JSON schema that an answer keeps to. `strict` has no effect: it always does."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: str | None = None
+    content: Annotated[JsonObject, Field(alias="schema")]
+    strict: bool | None = None
+
+
 class ResponseFormat(Strict):
     """What an answer has to look like."""
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: dict[str, Any] | None = None
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError("json_schema", "json_schema goes with the type json_schema, which needs it")
+        return self
+
+    @property
+    def schema_of_answer(self) -> Mapping[str, Any] | None:
+        if self.type == "json_object":
+            return ANY_OBJECT
+        return self.json_schema.content if self.json_schema else None
 
 
 class Drawing(Strict):
@@ -219,20 +242,6 @@ class ChatRequest(Drawing):
     function_call: Unsupported = None
     prediction: Unsupported = None
     web_search_options: Unsupported = None
-
-    @field_validator("response_format")
-    @classmethod
-    def _is_text(cls, wanted: ResponseFormat | None) -> ResponseFormat | None:
-        if wanted is not None and (wanted.type != "text" or wanted.json_schema is not None):
-            _refuse("response_format is not supported yet but for type text")
-        return wanted
-
-    @field_validator("tool_choice")
-    @classmethod
-    def _is_free(cls, choice: str | ToolChoice | None) -> str | ToolChoice | None:
-        if choice == "required" or isinstance(choice, ToolChoice):
-            _refuse("a tool_choice that forces a call is not supported yet; auto and none are")
-        return choice
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -321,7 +330,3 @@ def several(given: str | list[int] | list[str] | list[list[int]]) -> list[str] |
     if isinstance(given, str):
         return [given]
     return [given] if isinstance(given[0], int) else given
-
-
-def _refuse(message: str) -> NoReturn:
-    raise PydanticCustomError("unsupported", message)

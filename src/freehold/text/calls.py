@@ -133,7 +133,7 @@ def _read_parameters(inside: str) -> dict[str, str] | None:
 
 def _typed(value: str, schema: Any) -> Any:
     """Return a value as its schema types it: a text stays a text, the rest is JSON, or a text where it is not."""
-    if not _types_of(schema) <= JSON_TYPES:
+    if not types_of(schema) <= JSON_TYPES:
         return value
     stripped = value.strip()
     if stripped in PYTHON_WORDS:
@@ -144,7 +144,7 @@ def _typed(value: str, schema: Any) -> Any:
         return value
 
 
-def _types_of(schema: Any) -> frozenset[str]:
+def types_of(schema: Any) -> frozenset[str]:
     """Return the names of types that a schema allows; what cannot be told counts as a text."""
     schema = schema if isinstance(schema, Mapping) else {}
     branches = schema.get("anyOf") or schema.get("oneOf") or [schema]

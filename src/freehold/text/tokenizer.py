@@ -143,6 +143,11 @@ class Tokenizer:
         """Return the text of one id; part of a character is shown as U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
+    @property
+    def added_ids(self) -> frozenset[int]:
+        """The ids of added tokens, which are no pieces of text."""
+        return frozenset(self._added)
+
     def token_id(self, text: str) -> int | None:
         """Return the id of an added token, such as <|im_end|>, by its text."""
         return next((token_id for token_id, token in self._added.items() if token.content == text), None)
