@@ -3,10 +3,21 @@
 import pytest
 import torch
 
-from freehold.engine.plan import RESERVED_BYTES, Need, contexts_up_to, count_parts, need_of
+from freehold.engine.plan import (
+    PROGRAM_BYTES,
+    RESERVED_BYTES,
+    Need,
+    contexts_up_to,
+    count_parts,
+    need_of,
+    serving_plan,
+    step_bytes,
+)
+from freehold.errors import BadInput
 from freehold.models.layout import Capacity
+from freehold.models.spec import AttentionSpec, Mamba2Spec
 from models.published import NANO, SUPER, ULTRA
-from models.tiny import CONFIGS, MTP, tiny_decoder, tiny_spec
+from models.tiny import CONFIGS, LLAMA, MTP, tiny_decoder, tiny_spec
 
 
 @pytest.mark.parametrize(
@@ -51,3 +62,26 @@ def test_sequences_are_what_is_left_beside_the_weights():
 )
 def test_contexts_end_with_the_models_own(max_positions, contexts):
     assert contexts_up_to(max_positions) == contexts
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_servers_plan_takes_no_more_than_its_memory_or_half_of_what_is_free_beside_the_weights(config):
+    spec, asked = tiny_spec(config), {"weight_bytes": 10**6, "dtype": torch.float32, "num_sequences": 1024}
+    given = serving_plan(spec, memory_bytes=640 * 10**6, free_bytes=10**12, **asked)
+    fixed = given.weight_bytes + given.step_bytes + PROGRAM_BYTES
+    free = serving_plan(spec, memory_bytes=None, free_bytes=fixed + 10**7, **asked)
+    assert fixed < given.total_bytes <= 640 * 10**6 or not spec_has_states(spec)
+    assert free.total_bytes <= fixed + 10**7 // 2
+    with pytest.raises(BadInput, match=r"0\.6 GB of memory hold the weights"):
+        serving_plan(spec, memory_bytes=600 * 10**6, free_bytes=10**12, **asked)
+
+
+def spec_has_states(spec):
+    return any(isinstance(block, AttentionSpec | Mamba2Spec) for block in spec.blocks)
+
+
+def test_a_step_takes_more_for_more_tokens_more_sequences_and_a_larger_vocabulary():
+    small = step_bytes(tiny_spec(LLAMA), num_sequences=4, budget_tokens=64)
+    assert step_bytes(tiny_spec(LLAMA), num_sequences=4, budget_tokens=65536) > 500 * small
+    assert step_bytes(tiny_spec(LLAMA), num_sequences=1024, budget_tokens=64) > 5 * small
+    assert step_bytes(tiny_spec(LLAMA | {"vocab_size": 151936}), num_sequences=4, budget_tokens=64) > 200 * small

@@ -238,7 +238,7 @@ def serving_plan(
     context = min(context or spec.max_positions, spec.max_positions)
     wanted = num_sequences * -(-context // SERVED_PAGE_TOKENS)
     num_pages = min(wanted, (free - num_slots * slot_bytes) // page_bytes) if page_bytes else wanted
-    if num_slots < 1 or num_pages < 1:
+    if free < 0 or num_slots < 1 or num_pages < 1:
         raise BadInput(
             f"{memory_bytes / 1e9:.1f} GB of memory hold the weights ({weight_bytes / 1e9:.1f} GB) and "
             f"{(working_bytes + PROGRAM_BYTES) / 1e9:.1f} GB to work in, but no states beside them",
@@ -252,7 +252,7 @@ def serving_plan(
         notes.append(f"a context of {longest} tokens, not {context}, for keys and values: --memory, --kv-dtype int8")
     elif num_pages < wanted:
         full = num_pages * SERVED_PAGE_TOKENS // context
-        notes.append(f"keys and values of {full} full contexts, not {num_sequences}; those who wait, wait: --memory")
+        notes.append(f"keys and values of {full} of {num_sequences} full contexts; those who wait, wait: --memory")
     limits = Limits(
         num_slots=num_slots,
         num_pages=num_pages,
