@@ -39,6 +39,12 @@ def test_a_text_comes_back_from_its_ids(url, text):
     assert bare["tokens"] == engine_of(smollm2_gguf()).model.tokenizer.encode_rendered(text)
 
 
+def test_a_client_without_a_tokenizer_learns_the_marks_and_the_template(url):
+    info = httpx.get(f"{url}/tokenizer_info").json()
+    assert (info["bos_token"], info["eos_token"]) == ("<|im_start|>", "<|im_end|>")
+    assert info["chat_template"] == engine_of(smollm2_gguf()).model.text.template.source
+
+
 def test_a_conversation_has_the_ids_that_its_answer_is_charged_for(url):
     messages = [{"role": "user", "content": "Hello"}]
     count = httpx.post(f"{url}/tokenize", json={"messages": messages}).json()["count"]

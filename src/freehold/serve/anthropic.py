@@ -22,6 +22,7 @@ from freehold.serve.dialect_shapes import MESSAGE_ERRORS, CountedTokens, Message
 from freehold.serve.errors import Refused, request_id_of
 from freehold.serve.forms import form_of
 from freehold.serve.openai_chat import THINKING_SWITCH
+from freehold.serve.shapes import STREAMABLE
 from freehold.serve.turns import Turns
 from freehold.serve.writing import Event, streamed, whole
 from freehold.text.answer import Piece, ReasoningPiece, TextPiece, ToolCallPiece
@@ -37,7 +38,7 @@ def routes(answers: Answers) -> APIRouter:
     """Return the routes of the Messages API."""
     router = APIRouter(tags=["Anthropic"])
 
-    @router.post("/v1/messages", responses={**MESSAGE_ERRORS, 200: {"model": MessageAnswer}})
+    @router.post("/v1/messages", responses={**MESSAGE_ERRORS, 200: {"model": MessageAnswer, "content": STREAMABLE}})
     async def create_message(body: MessagesRequest, request: Request) -> Response:
         """Answer a conversation, whole or as server-sent events."""
         check_model(body.model, request, answers)

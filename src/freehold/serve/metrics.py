@@ -13,11 +13,12 @@ from fastapi import APIRouter
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 
 from freehold.engine.engine import Engine, EngineStats
 from freehold.serve.answers import Answers, Delta, Options, Prompt
 from freehold.serve.caller import Caller
+from freehold.serve.shapes import ERRORS
 
 FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150)
 BETWEEN_DELTAS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
@@ -106,7 +107,7 @@ def routes(meters: Meters) -> APIRouter:
     """Return the route of metrics."""
     router = APIRouter()
 
-    @router.get("/metrics", response_class=PlainTextResponse)
+    @router.get("/metrics", responses={**ERRORS, 200: {"content": {"text/plain": {}}}}, response_class=Response)
     async def metrics() -> Response:
         return Response(generate_latest(meters.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 

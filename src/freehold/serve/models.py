@@ -1,4 +1,4 @@
-"""What is served and how it is: /v1/models, /tokenize, /detokenize, /health and /ready."""
+"""What is served and how it is: /v1/models, /tokenize, /detokenize, /tokenizer_info, /health and /ready."""
 
 import asyncio
 import time
@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from freehold.serve.answers import Answers, Chat
 from freehold.serve.asking import check_model, names_of, settings_of
 from freehold.serve.schema import DetokenizeRequest, TokenizeRequest
-from freehold.serve.shapes import ERRORS, Detokenized, ModelCard, ModelList, Status, Tokens
+from freehold.serve.shapes import ERRORS, Detokenized, ModelCard, ModelList, Status, TokenizerInfo, Tokens
 
 
 def routes(answers: Answers) -> APIRouter:
@@ -59,6 +59,18 @@ def _add_tokens(router: APIRouter, answers: Answers) -> None:
         if body.model is not None:
             check_model(body.model, request, answers)
         return JSONResponse(Detokenized(prompt=await asyncio.to_thread(answers.text_of, body.tokens)))
+
+    @router.get("/tokenizer_info", responses=_with(TokenizerInfo), response_class=JSONResponse)
+    async def tokenizer_info() -> Response:
+        """What a client with no tokenizer of its own needs beside /tokenize and /detokenize."""
+        text, tokenizer = answers.engine.model.text, answers.engine.model.tokenizer
+
+        def mark(token: int | None) -> str | None:
+            return None if token is None else tokenizer.token_text(token)
+
+        template = text.template.source if text.template else None
+        info = TokenizerInfo(bos_token=mark(tokenizer.bos_id), eos_token=mark(tokenizer.eos_id), chat_template=template)
+        return JSONResponse(info)
 
 
 async def _ids_of(answers: Answers, body: TokenizeRequest) -> list[int]:

@@ -25,6 +25,7 @@ from freehold.serve.forms import form_of
 from freehold.serve.schema import ChatRequest, ToolChoice
 from freehold.serve.shapes import (
     ERRORS,
+    STREAMABLE,
     Call,
     CallFunction,
     ChatChoice,
@@ -48,8 +49,7 @@ THINKING_SWITCH = "enable_thinking"
 def routes(answers: Answers) -> APIRouter:
     """Return the route of chat completions."""
     router = APIRouter(tags=["OpenAI"])
-    content: dict[str, Any] = {"application/json": {}, "text/event-stream": {}}
-    responses: dict[int | str, dict[str, Any]] = {200: {"model": ChatCompletion, "content": content}, **ERRORS}
+    responses: dict[int | str, dict[str, Any]] = {200: {"model": ChatCompletion, "content": STREAMABLE}, **ERRORS}
 
     @router.post("/v1/chat/completions", responses=responses, response_class=JSONResponse)
     async def create_chat_completion(request: Request, body: ChatRequest) -> Response:

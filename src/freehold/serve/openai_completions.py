@@ -27,6 +27,7 @@ from freehold.serve.asking import (
 from freehold.serve.schema import CompletionRequest
 from freehold.serve.shapes import (
     ERRORS,
+    STREAMABLE,
     Completion,
     CompletionChoice,
     FinishReason,
@@ -43,8 +44,7 @@ DEFAULT_MAX_TOKENS = 16
 def routes(answers: Answers) -> APIRouter:
     """Return the route of completions."""
     router = APIRouter(tags=["OpenAI"])
-    content: dict[str, Any] = {"application/json": {}, "text/event-stream": {}}
-    responses: dict[int | str, dict[str, Any]] = {200: {"model": Completion, "content": content}, **ERRORS}
+    responses: dict[int | str, dict[str, Any]] = {200: {"model": Completion, "content": STREAMABLE}, **ERRORS}
 
     @router.post("/v1/completions", responses=responses, response_class=JSONResponse)
     async def create_completion(request: Request, body: CompletionRequest) -> Response:

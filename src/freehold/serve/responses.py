@@ -21,7 +21,7 @@ from freehold.serve.forms import form_of
 from freehold.serve.openai_chat import EFFORT_TOKENS, THINKING_SWITCH
 from freehold.serve.responses_schema import CallItem, MessageItem, ReasoningItem, ResponsesRequest, Texts, ToolChoice
 from freehold.serve.schema import Strict
-from freehold.serve.shapes import ERRORS
+from freehold.serve.shapes import ERRORS, STREAMABLE
 from freehold.serve.turns import Turns
 from freehold.serve.writing import Event, streamed, whole
 from freehold.text.answer import Piece, ReasoningPiece, TextPiece, ToolCallPiece
@@ -34,7 +34,7 @@ def routes(answers: Answers) -> APIRouter:
     """Return the route of the Responses API."""
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post("/v1/responses", responses={**ERRORS, 200: {"model": ResponseAnswer}})
+    @router.post("/v1/responses", responses={**ERRORS, 200: {"model": ResponseAnswer, "content": STREAMABLE}})
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         """Answer a conversation, whole or as server-sent events."""
         check_model(body.model, request, answers)

@@ -175,6 +175,14 @@ class Tokens(TypedDict):
     max_model_len: int
 
 
+class TokenizerInfo(TypedDict):
+    """The texts that tokens and templates are made with; null where the model has none."""
+
+    bos_token: str | None
+    eos_token: str | None
+    chat_template: str | None
+
+
 class Detokenized(TypedDict):
     """The text of ids."""
 
@@ -208,11 +216,16 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     403: {"model": ErrorBody, "description": "The key does not permit this."},
     404: {"model": ErrorBody, "description": "No such model."},
     413: {"model": ErrorBody, "description": "The request is too large."},
+    "4XX": {"model": ErrorBody, "description": "The request was refused before anything read it."},
     429: {"model": ErrorBody, "description": "Too many requests, or tokens; see Retry-After."},
     500: {"model": ErrorBody, "description": "The server failed at this request."},
     503: {"model": ErrorBody, "description": "The server is about to stop."},
     504: {"model": ErrorBody, "description": "The request was not done by its deadline."},
 }
+
+
+# Of routes that answer in one piece or as events.
+STREAMABLE: dict[str, Any] = {"application/json": {}, "text/event-stream": {}}
 
 
 def usage_in_chunk(drawing: Drawing, usages: list[AnswerUsage]) -> dict[str, Usage | None]:
