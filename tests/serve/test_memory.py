@@ -14,21 +14,11 @@ from cli.commands import TIMEOUT_S, spawn
 from cli.folders import write_folder
 from freehold.engine.plan import PROGRAM_BYTES
 from models.forms import needs_kernels
-from models.tiny import LLAMA, NEMOTRON
+from serve.wide import DENSE, HYBRID
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is Linux's")
 
-# Wide keys and values, and recurrent states of a megabyte, so that little is to be computed until memory is full.
-WIDE = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 2048}
-BYTES = {"vocab_size": 256}
-CONFIGS = {
-    "dense": LLAMA | WIDE | BYTES,
-    "hybrid": NEMOTRON
-    | WIDE
-    | BYTES
-    | {"hybrid_override_pattern": "M*-*", "mamba_num_heads": 32, "mamba_head_dim": 64}
-    | {"ssm_state_size": 128},
-}
+CONFIGS = {"dense": DENSE, "hybrid": HYBRID}
 OPTIONS = {
     "memory": ("--memory", 0.75, "--max-sequences", 16),
     "free memory": ("--max-sequences", 6, "--context", 768),
