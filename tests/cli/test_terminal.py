@@ -8,7 +8,7 @@ import pytest
 from freehold.cli.numbers import bytes_text, count_text
 from freehold.cli.progress import after_waiting, bytes_bar, steps_bar, waiting
 from freehold.cli.report import exit_code_of, show_error
-from freehold.cli.terminal import AnswerWriter, show_text
+from freehold.cli.terminal import DIM, GREEN, PLAIN, AnswerWriter, show_marked, show_text
 from freehold.errors import BadFile, CheckFailed
 from freehold.text.answer import ReasoningPiece, TextPiece, ToolCallPiece
 
@@ -31,6 +31,12 @@ def test_a_models_words_do_not_steer_the_terminal(monkeypatch):
 def test_a_pipe_gets_the_answer_byte_for_byte(capsys):
     show_text(f"a{CLEAR_SCREEN}\r\n")
     assert capsys.readouterr().out == f"a{CLEAR_SCREEN}\r\n"
+
+
+def test_marked_parts_are_green_on_a_terminal_and_steer_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", screen := Screen())
+    show_marked([("How", False), (f"So{CLEAR_SCREEN}", True)])
+    assert screen.getvalue() == f"{DIM}How{PLAIN}{GREEN}So\ufffd[2J{PLAIN}"
 
 
 def test_the_answer_goes_to_stdout_and_its_reasoning_to_stderr(capsys):
