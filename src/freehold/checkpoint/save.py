@@ -46,7 +46,7 @@ def save_checkpoint(
     if decoder.packed_weights():
         raise BadInput("packed weights are not saved as tensors", hint="load the model with a dtype of its own")
     names = family.tensor_names(decoder.spec, ())
-    with _new_folder(folder, _stored_bytes(decoder)) as partial:
+    with new_folder(folder, _stored_bytes(decoder)) as partial:
         _write_config(partial, decoder, config)
         write_text_files(partial)
         _write_shards(partial, decoder, names, max_shard_bytes, progress)
@@ -61,8 +61,12 @@ def check_is_free(folder: Path) -> None:
 
 
 @contextmanager
-def _new_folder(folder: Path, num_bytes: int) -> Iterator[Path]:
-    """Make a folder that comes into being with its content, or not at all."""
+def new_folder(folder: Path, num_bytes: int) -> Iterator[Path]:
+    """Make a folder that comes into being with its content, or not at all.
+
+    num_bytes: what it will hold, for which there has to be room.
+    Raises: BadInput.
+    """
     check_is_free(folder)
     free = shutil.disk_usage(folder.parent).free
     if free < num_bytes:
