@@ -174,3 +174,15 @@ def test_only_what_asks_for_a_gradient_is_moved_and_has_state():
     assert {name.rpartition("/")[0] for name in optimizer.tensors()} == {n for n in before if n.startswith("blocks.0.")}
     moved = {name for name, after in values(decoder).items() if not same_bits(after, before[name])}
     assert {name for name in moved if "correction" not in name} == {n for n in before if n.startswith("blocks.0.")}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_decoder_may_be_trained_by_one_optimizer_after_another(dtype):
+    decoder, other = training(LLAMA, dtype=dtype), training(LLAMA, dtype=dtype)
+    optimizer = Optimizer(decoder, MUON)
+    optimizer = Optimizer(decoder, ADAMW)
+    alone = Optimizer(other, ADAMW)
+    for trained, by in ((decoder, optimizer), (other, alone)):
+        give_gradients(trained)
+        by.step(1e-2)
+    assert all(same_bits(values(decoder)[name], value) for name, value in values(other).items())

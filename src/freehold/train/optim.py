@@ -4,7 +4,8 @@ Belongs here: which parameter is moved by what, gradients in float32, and the st
 arithmetic is torch.optim's. Not here: the learning rate (schedule.py), when a step is taken (step.py).
 """
 
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,7 +56,13 @@ class Optimizer:
 
     def __init__(self, decoder: Decoder, settings: OptimizerSettings):
         self._parameters = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
-        self._masters = {name: _master(parameter) for name, parameter in self._parameters.items()}
+        self._masters = {
+            name: p if p.dtype is torch.float32 else p.detach().float() for name, p in self._parameters.items()
+        }
+        for name, parameter in self._parameters.items():
+            if self._masters[name] is not parameter:
+                hook = parameter.register_post_accumulate_grad_hook(_collector(self._masters[name]))
+                weakref.finalize(self, hook.remove)  # the decoder may be trained by another later
         by_muon = _matrix_names(decoder) if settings.matrices == "muon" else frozenset()
         self._parts = {name: _parts(name, m, apart=name in by_muon) for name, m in self._masters.items()}
         self._optimizers = _optimizers(self._parts, by_muon, settings)
@@ -122,19 +129,15 @@ class Optimizer:
             yield from parts.items()
 
 
-def _master(parameter: nn.Parameter) -> Tensor:
-    """Return what collects a parameter's gradient and is moved by it: itself, or a float32 copy."""
-    if parameter.dtype is torch.float32:
-        return parameter
-    master = parameter.detach().float()
+def _collector(master: Tensor) -> Callable[[Tensor], None]:
+    """Return what moves a parameter's gradient to its master, as soon as a backward has made it."""
 
     def collect(parameter: Tensor) -> None:
         assert parameter.grad is not None, "this is called when there is one"
         gradient, parameter.grad = parameter.grad.float(), None
         master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
-    parameter.register_post_accumulate_grad_hook(collect)
-    return master
+    return collect
 
 
 def _matrix_names(decoder: Decoder) -> frozenset[str]:
