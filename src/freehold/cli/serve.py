@@ -21,7 +21,20 @@ if TYPE_CHECKING:
     from freehold.engine.model import Model
     from freehold.engine.plan import ServingPlan
     from freehold.serve.keys import Keys
+    from freehold.serve.log import Form
     from freehold.serve.quota import DatabaseQuotas
+
+MemoryGb = Annotated[
+    float | None,
+    typer.Option(
+        min=0.1,
+        help="GB for the whole process. Without it, half of what is free beside the weights goes to states.",
+        show_default=False,
+    ),
+]
+LogForm = Annotated[
+    Literal["text", "json", "quiet"], typer.Option(help="A line for each request on stderr, or for failures only.")
+]
 
 
 def serve(
@@ -41,14 +54,7 @@ def serve(
     context: Annotated[
         int | None, typer.Option(min=16, help="Longest prompt and answer together.", show_default=False)
     ] = None,
-    memory: Annotated[
-        float | None,
-        typer.Option(
-            min=0.1,
-            help="GB for the whole process. Without it, half of what is free beside the weights goes to states.",
-            show_default=False,
-        ),
-    ] = None,
+    memory: MemoryGb = None,
     kv_dtype: Annotated[
         Literal["int8"] | None,
         typer.Option(help="int8 halves keys and values or better, and rounds them.", show_default=False),
@@ -57,9 +63,7 @@ def serve(
     require_keys: Annotated[bool, typer.Option("--require-keys", help="Ask for keys on loopback too.")] = False,
     database: DatabaseUrl = None,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that answers may take to end after SIGTERM.")] = 30.0,
-    log: Annotated[
-        Literal["text", "json", "quiet"], typer.Option(help="A line for each request on stderr, or for failures only.")
-    ] = "text",
+    log: LogForm = "text",
     dtype: options.LoadDtype = None,
     threads: options.Threads = None,
 ) -> None:
@@ -178,7 +182,7 @@ async def _serve(
     names: Sequence[str],
     keys_url: str | None,
     drain_s: float,
-    log: Literal["text", "json", "quiet"],
+    log: "Form",
 ) -> None:
     from freehold.engine.engine import Engine
     from freehold.serve.answers import Answers

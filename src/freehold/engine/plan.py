@@ -3,7 +3,7 @@
 Everything is counted from a spec and from headers; no weight is read. Not here: what memory a machine has.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -245,14 +245,6 @@ def serving_plan(
             hint="give it more with --memory, or take a smaller model",
         )
     longest = min(context, num_pages * SERVED_PAGE_TOKENS)
-    notes = []
-    if num_slots < num_sequences:
-        notes.append(f"{num_slots} sequences at once, not {num_sequences}, for their states: --memory")
-    if longest < context:
-        notes.append(f"a context of {longest} tokens, not {context}, for keys and values: --memory, --kv-dtype int8")
-    elif num_pages < wanted:
-        full = num_pages * SERVED_PAGE_TOKENS // context
-        notes.append(f"keys and values of {full} of {num_sequences} full contexts; those who wait, wait: --memory")
     limits = Limits(
         num_slots=num_slots,
         num_pages=num_pages,
@@ -267,5 +259,17 @@ def serving_plan(
         recurrent_bytes=num_slots * slot_bytes,
         kv_bytes=num_pages * page_bytes,
         step_bytes=working_bytes,
-        notes=tuple(notes),
+        notes=tuple(_notes(limits, num_sequences=num_sequences, context=context)),
     )
+
+
+def _notes(limits: Limits, *, num_sequences: int, context: int) -> Iterator[str]:
+    """Yield what was asked for and cannot be, each with the option that would change it."""
+    num_pages, longest = limits.num_pages, limits.max_positions
+    if limits.num_slots < num_sequences:
+        yield f"{limits.num_slots} sequences at once, not {num_sequences}, for their states: --memory"
+    if longest < context:
+        yield f"a context of {longest} tokens, not {context}, for keys and values: --memory, --kv-dtype int8"
+    elif num_pages < num_sequences * -(-context // SERVED_PAGE_TOKENS):
+        full = num_pages * SERVED_PAGE_TOKENS // context
+        yield f"keys and values of {full} of {num_sequences} full contexts; those who wait, wait: --memory"
