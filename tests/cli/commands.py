@@ -58,15 +58,15 @@ def call(*arguments: object, stdin: str = "") -> Ended:
 
 @contextmanager
 def spawn(
-    *arguments: object, start: str = START, flags: Sequence[str] = (), **files: Any
+    *arguments: object, start: str = START, flags: Sequence[str] = (), lives_s: float = TIMEOUT_S, **files: Any
 ) -> "Iterator[subprocess.Popen[str]]":
     """Run a command as a process of its own, which is ended where a test would wait for it without end.
 
-    flags: the interpreter's own.
+    flags: the interpreter's own. lives_s: how long it may.
     """
     command = [sys.executable, *flags, "-c", start, *map(str, arguments)]
     with subprocess.Popen(command, text=True, bufsize=1, env={**os.environ, **ENVIRONMENT}, **files) as process:
-        watchdog = threading.Timer(TIMEOUT_S, process.kill)
+        watchdog = threading.Timer(lives_s, process.kill)
         watchdog.start()
         try:
             yield process

@@ -25,6 +25,7 @@ REACHES_OUT = (
     *("socket.gethostbyaddr", "socket.getnameinfo", "urllib.Request", "http.client.connect", "ftplib.connect"),
     *("smtplib.connect", "imaplib.open", "poplib.connect", "telnetlib.Telnet.open"),
 )
+LONGEST_S = 1800.0  # for all tests of a busy machine
 AUDITED = (*RUNS_CODE, *STARTS_PROGRAMS, *REACHES_OUT, "open", "socket.bind")
 
 # Writes a line of JSON for each audited event to the file that the first argument names.
@@ -85,7 +86,8 @@ def witnessed_server(folder: Path, into: Path) -> Iterator[Witnessed]:
         keys = Keys(database)
         _, token = keys.add("all", Terms(scopes=frozenset({"infer", "metrics", "admin"})))
         arguments = (log, "serve", folder, "--port", 0, "--memory", 2, "--require-keys", "--database", url)
-        with spawn(*arguments, start=START, flags=("-O",), stdout=subprocess.PIPE, stderr=errors) as process:
+        files = {"stdout": subprocess.PIPE, "stderr": errors}
+        with spawn(*arguments, start=START, flags=("-O",), lives_s=LONGEST_S, **files) as process:
             address = process.stdout.readline().strip()
             assert address, notes.read_text()
             key = {"x-api-key": token}
