@@ -77,6 +77,7 @@ def test_schema_does_not_import_torch():
             "response_format.json_schema.schema",
         ),
         ("tool_choice", "any", "tool_choice"),
+        ("tool_choice", {"type": "allowed_tools"}, "tool_choice"),
         ("tools", [{"type": "web_search"}], "tools[0].type"),
         ("tools", [{"type": "function", "function": {"name": "f g"}}], "tools[0].function.name"),
         ("tools", [{"type": "function", "function": {"name": "f", "strict": 1}}], "tools[0].function.strict"),

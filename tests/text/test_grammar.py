@@ -231,6 +231,8 @@ def test_what_is_not_supported_is_refused_by_its_name(form, dialect, tools, word
         ),
         ({"$ref": "#/$defs/x"}, "cannot be held to '$ref'"),
         ({"enum": ["a", 1]}, "choose among texts alone"),
+        ({"enum": 5}, "choose among texts alone"),
+        ({"anyOf": 5}, "cannot be held to 'anyOf'"),
         ({"type": "string", "maxLength": 10**9}, "lengths from 0 to 10000"),
         ({"type": "array", "uniqueItems": True}, 'keys: ["uniqueItems"]'),
     ],

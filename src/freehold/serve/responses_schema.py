@@ -210,7 +210,7 @@ class ResponsesRequest(Strict):
         Annotated[list[Annotated[Tool, refuse_others("type", "tool", "function")]], Field(max_length=MAX_TOOLS)] | None
     ) = None
     tool_choice: (
-        Literal["none", "auto", "required"] | Annotated[ToolChoice, refuse_others("type", "choice", "function")] | None
+        Annotated[Literal["none", "auto", "required"] | ToolChoice, refuse_others("type", "choice", "function")] | None
     ) = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraint
 from pydantic.functional_validators import ModelWrapValidatorHandler
 from pydantic_core import PydanticCustomError
 
-from freehold.serve.fields import JsonObject, Unsupported
+from freehold.serve.fields import JsonObject, Unsupported, refuse_others
 from freehold.serve.forms import ANY_OBJECT
 
 MAX_CHOICES = 16
@@ -224,7 +224,9 @@ class ChatRequest(Drawing):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    tool_choice: (
+        Annotated[Literal["none", "auto", "required"] | ToolChoice, refuse_others("type", "choice", "function")] | None
+    ) = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "low", "medium", "high"] | None = None
     reasoning_budget: Annotated[int, Field(ge=0, le=MAX_TOKENS, description="In tokens.")] | None = None

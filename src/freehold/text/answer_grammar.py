@@ -144,7 +144,7 @@ class _Writer:
         where = f"the schema of the tool {name}"
         _refuse_keywords(where, schema, OBJECT_KEYWORDS)
         properties, required = schema.get("properties", {}), schema.get("required", ())
-        if not isinstance(properties, Mapping) or not isinstance(required, Sequence):
+        if not isinstance(properties, Mapping) or not isinstance(required, list | tuple):
             raise BadRequest(f"{where} is not supported: properties are no object, or required is no list")
         parameters = ""
         for index, key in enumerate([*properties, *(key for key in required if key not in properties)]):
@@ -166,6 +166,7 @@ class _Writer:
         _refuse_keywords(where, schema, TEXT_KEYWORDS)
         choices = [schema["const"]] if "const" in schema else schema.get("enum")
         if choices is not None:
+            choices = choices if isinstance(choices, list) else []
             texts = [_literal(choice) for choice in choices if isinstance(choice, str) and close not in choice]
             if len(texts) != len(choices) or not texts:
                 raise BadRequest(f"{where} is not supported: calls of this model can choose among texts alone")

@@ -147,7 +147,8 @@ def _typed(value: str, schema: Any) -> Any:
 def types_of(schema: Any) -> frozenset[str]:
     """Return the names of types that a schema allows; what cannot be told counts as a text."""
     schema = schema if isinstance(schema, Mapping) else {}
-    branches = schema.get("anyOf") or schema.get("oneOf") or [schema]
+    branches = schema.get("anyOf") or schema.get("oneOf")
+    branches = branches if isinstance(branches, list) else [schema]
     named = [branch.get("type", "string") if isinstance(branch, Mapping) else "string" for branch in branches]
     return frozenset(str(name) for entry in named for name in (entry if isinstance(entry, list) else [entry]))
 

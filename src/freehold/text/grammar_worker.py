@@ -8,8 +8,7 @@ schema: making a grammar of it, and the first step of that. Bytes stand for the 
 import json
 import os
 import resource
-import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -18,22 +17,26 @@ def main() -> None:
     """Answer requests until the other side closes the pipe: {}, {"schema", "reason"} for one that cannot be used, or
     {"signal"} that ended the child."""
     vocabulary = LLTokenizer("byte")
-    for line in sys.stdin.buffer:
-        receiving, sending = os.pipe()
-        if child := os.fork():
-            os.close(sending)
-            with os.fdopen(receiving, "rb") as replies:
-                reply = replies.read()
-            status = os.waitpid(child, 0)[1]
-            signal = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-            sys.stdout.buffer.write(reply if reply and not status else json.dumps({"signal": signal}).encode())
-            sys.stdout.buffer.write(b"\n")
-            sys.stdout.buffer.flush()
-        else:
-            _reply(json.loads(line), vocabulary, sending)
+    with os.fdopen(0, "rb") as requests, os.fdopen(1, "wb") as replies:
+        for line in requests:
+            replies.write(_in_a_child(line, vocabulary) + b"\n")
+            replies.flush()
 
 
-def _reply(request: dict[str, Any], vocabulary: LLTokenizer, sending: int) -> None:
+def _in_a_child(line: bytes, vocabulary: LLTokenizer) -> bytes:
+    receiving, sending = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _reply(json.loads(line), vocabulary, sending)
+    os.close(sending)
+    with os.fdopen(receiving, "rb") as pipe:
+        reply = pipe.read()
+    status = os.waitpid(child, 0)[1]
+    signal = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    return json.dumps({"signal": signal}).encode() if status else reply
+
+
+def _reply(request: dict[str, Any], vocabulary: LLTokenizer, sending: int) -> NoReturn:
     """Write the reply to a pipe, and end this process, which is a child."""
     try:
         limits = LLParserLimits(**request["limits"])
