@@ -325,3 +325,8 @@ def test_a_file_that_is_no_database_is_refused(tmp_path):
     (tmp_path / "keys.db").write_text("not a database, but long enough to look like one? " * 100)
     with pytest.raises(BadInput, match="not a database"):
         Database(f"sqlite:///{tmp_path / 'keys.db'}")
+
+
+def test_server_without_keys_imports_no_database() -> None:
+    code = "import sys, freehold.serve.app, freehold.serve.auth; sys.exit('sqlalchemy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
