@@ -7,6 +7,7 @@ CVE-2026-27893: three times the same `auto_map`, twice past a switch that forbad
 
 import ast
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,10 +104,13 @@ def test_a_model_that_brings_code_is_served_without_it(witnessed):
 
 def test_the_only_program_that_a_server_starts_is_the_one_that_renders_templates(witnessed):
     assert witnessed.ask("/v1/chat/completions", ANSWERED["/v1/chat/completions"]).status_code == 200
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "boolean"}, "strict": True}}
+    held = witnessed.ask("/v1/chat/completions", {**ANSWERED["/v1/chat/completions"], "response_format": schema})
+    assert held.status_code == 400  # this model has no stop token; of others, a child tries the schema
     started = [act for act in witnessed.acts() if act.event in STARTS_PROGRAMS]
     assert {act.event for act in started} == {"subprocess.Popen"}
-    assert len(started) == 1
-    assert "sandbox_worker.py" in started[0].values[1]
+    programs = [re.findall(r"/freehold/text/(\w+)\.py", act.values[1]) for act in started]
+    assert programs == [["sandbox_worker"]]
 
 
 def ask_everything(witnessed):

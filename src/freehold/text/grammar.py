@@ -106,6 +106,8 @@ class Grammars:
         schemas: all that a client wrote of it, by the names that errors call them.
         Raises: BadRequest for what is no schema, is not supported, or leaves its budget.
         """
+        if not self._tokenizer.stop_ids:
+            raise BadRequest("this model has no token that ends an answer, so no answer can be held to a form")
         if kept := self._kept.get(text):
             self._kept.move_to_end(text)
             return kept
