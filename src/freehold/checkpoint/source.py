@@ -22,8 +22,10 @@ from freehold.errors import BadFile, BadInput, NotFound, UnsupportedModel
 __all__ = ["Source", "StoredTensor", "open_source"]
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_CONFIG = "config.json"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 # Without it a private map counts as memory in full, and a model larger than this machine's memory could not be opened.
 # Python has the name from 3.13 on; the number is Linux's on x86, ARM and RISC-V.
@@ -106,6 +108,20 @@ def open_source(path: Path) -> Source:
         raise BadFile(f"{path.name or path} cannot be read: {error.strerror}") from None
 
 
+def open_adapter(folder: Path) -> Source:
+    """Return the open weight file of an adapter's folder; its metadata are what adapter_config.json holds.
+
+    Raises: NotFound, BadFile, UnsupportedModel.
+    """
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise NotFound(f"there is no {name} in {folder.name or folder}", hint="name the folder of an adapter")
+    try:
+        return _open_safetensors(folder / ADAPTER_WEIGHTS, config=ADAPTER_CONFIG)
+    except OSError as error:
+        raise BadFile(f"{folder.name or folder} cannot be read: {error.strerror}") from None
+
+
 class _WeightFile:
     """One open and mapped weight file."""
 
@@ -177,17 +193,17 @@ def _open_gguf(path: Path) -> Source:
         return Source(kind="gguf", opened=[file], metadata=metadata, tensors=tensors)
 
 
-def _open_safetensors(path: Path) -> Source:
-    config = _config(path.parent)
+def _open_safetensors(path: Path, *, config: str = _CONFIG) -> Source:
+    metadata = _metadata(path.parent / config)
     with ExitStack() as until_whole:
         file = _opened(path, until_whole)
         tensors = safetensors.read_header(file.buffer, file=path.name)
         until_whole.pop_all()
-        return Source(kind="safetensors", opened=[file], metadata=config, tensors=tensors)
+        return Source(kind="safetensors", opened=[file], metadata=metadata, tensors=tensors)
 
 
 def _open_shards(index: Path) -> Source:
-    config = _config(index.parent)
+    metadata = _metadata(index.parent / _CONFIG)
     shard_of = safetensors.read_index(_read_small(index), file=index.name)
     shards = sorted(set(shard_of.values()))
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
@@ -201,11 +217,10 @@ def _open_shards(index: Path) -> Source:
         headers = {file.path.name: safetensors.read_header(file.buffer, file=file.path.name) for file in files}
         tensors = safetensors.merge_shards(headers, shard_of, file=index.name)
         until_whole.pop_all()
-        return Source(kind="safetensors", opened=files, metadata=config, tensors=tensors)
+        return Source(kind="safetensors", opened=files, metadata=metadata, tensors=tensors)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def _metadata(path: Path) -> dict[str, Any]:
     return safetensors.parse_json_object(_read_small(path), file=path.name) if path.is_file() else {}
 
 

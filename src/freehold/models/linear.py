@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from freehold.ops.linear import embed, linear
-from freehold.ops.weight import Packed, Weight
+from freehold.ops.weight import Adapted, Packed, Weight
 
 
 class Embedding(nn.Module):
@@ -42,9 +42,18 @@ def float32_parameter(*shape: int) -> nn.Parameter:
 
 
 def set_weight(owner: nn.Module, name: str, weight: Weight) -> None:
-    """Put a weight in the place of a module's parameter. Mutates: owner; a packed weight is no parameter any more."""
-    if isinstance(weight, Packed):
+    """Put a weight in the place of a module's parameter. Mutates: owner.
+
+    A packed or an adapted weight is no parameter any more; an adapter's matrices are, as NAME_lora_A and NAME_lora_B.
+    """
+    if isinstance(getattr(owner, name), Adapted):
+        delattr(owner, f"{name}_lora_A")
+        delattr(owner, f"{name}_lora_B")
+    if isinstance(weight, Packed | Adapted):
         delattr(owner, name)
     elif not isinstance(weight, nn.Parameter):
         weight = nn.Parameter(weight, requires_grad=False)
+    if isinstance(weight, Adapted):
+        setattr(owner, f"{name}_lora_A", weight.a)
+        setattr(owner, f"{name}_lora_B", weight.b)
     setattr(owner, name, weight)

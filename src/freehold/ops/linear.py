@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from freehold.ops.gradient import wants_gradient, with_reference_gradient
 from freehold.ops.native import is_native, kernels
-from freehold.ops.weight import Packed, Weight, dense, matrix_of
+from freehold.ops.weight import Adapted, Packed, Weight, bare, dense, matrix_of
 
 
 def linear_reference(hidden_TD: Tensor, weight: Weight, bias_F: Tensor | None = None) -> Tensor:
@@ -24,12 +24,23 @@ def linear(hidden_TD: Tensor, weight: Weight, bias_F: Tensor | None = None) -> T
         to int8 in groups of 32, with exact integer sums per group. Either way an output's order of summation depends on
         D alone. The gradient is the reference's.
     """
+    if isinstance(weight, Adapted):
+        return _linear_adapted(hidden_TD, weight, bias_F)
     hidden_TD = hidden_TD.contiguous()
     if kernels() is None or not is_native(hidden_TD) or matrix_of(weight) is None:
         return linear_reference(hidden_TD, weight, bias_F)
     if wants_gradient(hidden_TD, weight, bias_F):
         return with_reference_gradient(_linear_native, linear_reference, hidden_TD, weight, bias_F)
     return _linear_native(hidden_TD, weight, bias_F)
+
+
+def _linear_adapted(hidden_TD: Tensor, weight: Adapted, bias_F: Tensor | None) -> Tensor:
+    """The adapter's products are in its own dtype, their sum with the base's in the wider one, rounded once."""
+    base_TF = linear(hidden_TD, weight.base, bias_F)
+    if not wants_gradient(weight.b) and bare(weight) is weight.base:
+        return base_TF
+    low_TR = linear(hidden_TD.to(weight.a.dtype), weight.a)
+    return (base_TF + linear(low_TR, weight.b) * weight.scale).to(base_TF.dtype)
 
 
 def _linear_native(hidden_TD: Tensor, weight: Weight, bias_F: Tensor | None) -> Tensor:
@@ -52,4 +63,5 @@ def _linear_native(hidden_TD: Tensor, weight: Weight, bias_F: Tensor | None) -> 
 
 def embed(tokens_T: Tensor, weight: Weight) -> Tensor:
     """Return the rows of an embedding table [V, D] that belong to tokens: [T, D]; float32 where it is packed."""
+    assert not isinstance(weight, Adapted), "tables have no adapters"
     return weight.rows(tokens_T) if isinstance(weight, Packed) else functional.embedding(tokens_T, weight)

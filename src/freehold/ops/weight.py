@@ -1,6 +1,6 @@
-"""What a weight may be: a plain tensor, or values packed at the width they are stored at.
+"""What a weight may be: a plain tensor, or values packed at the width they are stored at; with an adapter or without.
 
-Belongs here: `Packed` and how a kernel sees either kind. Not here: files, and what the blocks of a file look like.
+Belongs here: `Packed`, `Adapted` and how a kernel sees each kind. Not here: files, what the blocks of a file look like.
 """
 
 from collections.abc import Iterator
@@ -80,7 +80,43 @@ class Packed:
         return torch.stack(list(self.matrices())).view(self.shape)
 
 
-Weight = Tensor | Packed
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Adapted:
+    """A weight W beside which a product of two thin matrices counts: x W^T + scale * (x A^T) B^T.
+
+    Shapes: base [..., N, K], a [..., R, K], b [..., N, R].
+    """
+
+    base: Tensor | Packed
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape)
+
+
+Weight = Tensor | Packed | Adapted
+
+
+def bare(weight: Weight) -> Weight:
+    """Return a weight without its adapter, where that adds nothing: B is zero, as in every adapter at first."""
+    return weight.base if isinstance(weight, Adapted) and not weight.b.any() else weight
+
+
+def matrix_at(weight: Weight, index: int) -> Weight:
+    """Return one matrix of a stack."""
+    match weight:
+        case Packed():
+            size = weight.matrix_bytes
+            return Packed(format=weight.format, shape=weight.shape[1:], data=weight.data[index * size :][:size])
+        case Adapted():
+            base = matrix_at(weight.base, index)
+            assert not isinstance(base, Adapted), "a weight has one adapter"
+            return Adapted(base=base, a=weight.a[index], b=weight.b[index], scale=weight.scale)
+        case _:
+            return weight[index]
 
 
 def _panels_of(format: str) -> Any:
@@ -89,7 +125,8 @@ def _panels_of(format: str) -> Any:
 
 
 def is_quantized(weight: Weight) -> bool:
-    """Return whether a weight is a quantized one, kept at its width."""
+    """Return whether a weight is a quantized one, kept at its width; an adapted one is where its base is."""
+    weight = weight.base if isinstance(weight, Adapted) else weight
     return isinstance(weight, Packed) and weight.is_quantized
 
 
@@ -124,6 +161,8 @@ def pack(stored: Tensor, format: str, *, shape: tuple[int, ...], out: Tensor) ->
 
 def matrix_of(weight: Weight) -> Any | None:
     """Return a weight as kernels read it, None where they cannot."""
+    if isinstance(weight, Adapted):
+        return None
     if isinstance(weight, Packed):
         return weight.native
     if not is_native(weight):
@@ -134,4 +173,5 @@ def matrix_of(weight: Weight) -> Any | None:
 
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
     """Return a weight as a tensor: a plain one as it is, a packed one's values in a dtype."""
+    assert not isinstance(weight, Adapted), "an adapter is no part of a tensor before it is merged"
     return weight.dense().to(dtype) if isinstance(weight, Packed) else weight

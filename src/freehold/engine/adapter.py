@@ -1,0 +1,65 @@
+"""An adapter as a folder: adapter_config.json and adapter_model.safetensors, as PEFT writes and reads them."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from freehold.adapt.peft import BASE_KEY, adapter_config, adapter_tensors, attach_peft
+from freehold.checkpoint.load import read_tensor
+from freehold.checkpoint.save import new_folder
+from freehold.checkpoint.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
+from freehold.errors import BadInput, CheckpointMismatch
+from freehold.models.decoder import Decoder
+from freehold.models.families import Family
+from freehold.trust.identity import digest_files
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterReport:
+    """What loading an adapter found: the digest of its two files, and what had to be said."""
+
+    sha256: str
+    notes: tuple[str, ...] = ()
+
+
+def save_adapter(folder: Path, decoder: Decoder, *, family: Family, base_sha256: str | None) -> None:
+    """Write a decoder's adapter as a new folder that PEFT loads; it comes into being whole or not at all.
+
+    base_sha256: `Identity.weights` of the base, which is then the only one that the adapter is loaded for.
+    Raises: BadInput.
+    """
+    tensors = adapter_tensors(decoder, family)
+    text = json.dumps(adapter_config(decoder, base_sha256=base_sha256), indent=2) + "\n"
+    with new_folder(folder, sum(tensor.nbytes for tensor in tensors.values()) + len(text)) as partial:
+        (partial / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+        try:
+            save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:  # how the library says that the system refused a write
+            raise BadInput(f"{ADAPTER_WEIGHTS} cannot be written: {error}", hint="is the disk full?") from None
+        (partial / ADAPTER_WEIGHTS).chmod(0o644)
+
+
+def load_adapter(folder: Path, decoder: Decoder, *, family: Family, base_sha256: Callable[[], str]) -> AdapterReport:
+    """Put the adapter of a folder beside a decoder's weights, and return what was found. Mutates: decoder.
+
+    base_sha256: returns the digest of the decoder's weights; called where the adapter says for which it was made.
+    Raises: CheckpointMismatch where it was made for other weights, or its tensors do not fit; NotFound, BadFile.
+    """
+    with open_adapter(folder) as source:
+        config, notes = source.metadata, list[str]()
+        if (wanted := config.get(BASE_KEY)) is None:
+            notes.append(f"{folder.name} does not say for which weights it was made: only its shapes were checked")
+        elif wanted != (found := base_sha256()):
+            raise CheckpointMismatch(
+                f"{folder.name} was made for weights of SHA-256 {str(wanted)[:16]}, these have {found[:16]}",
+                hint="load it with the model that it was made for",
+            )
+        dtypes = {n: torch.bfloat16 if t.format == "BF16" else torch.float32 for n, t in source.tensors.items()}
+        tensors = {name: read_tensor(source, name, dtype) for name, dtype in dtypes.items()}
+        attach_peft(decoder, family, config=config, tensors=tensors)
+    return AdapterReport(sha256=digest_files([folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS]), notes=tuple(notes))
