@@ -16,7 +16,7 @@ from freehold.engine.model import Model
 from freehold.engine.request import Event, ReasoningBudget, Request, SamplingParams, Score
 from freehold.errors import BadRequest
 from freehold.serve.caller import Caller, Quotas
-from freehold.serve.submission import Submission
+from freehold.serve.submission import Mailbox, Submission
 from freehold.text.answer import AnswerParser, Piece, TextPiece, ToolCallPiece
 from freehold.text.answer_grammar import FREE, Form, write_grammar
 from freehold.text.grammar import Grammar, Grammars
@@ -108,6 +108,7 @@ class Answers:
         self.model_name = model_name
         self._model: Model = engine.model
         self._quotas = quotas
+        self._mailbox: Mailbox | None = None
         self._threads = ThreadPoolExecutor(READING_THREADS, thread_name_prefix="freehold-reading")
         # One of its own: schemas that take long are waited for by schemas alone.
         self._grammar_thread = ThreadPoolExecutor(1, thread_name_prefix="freehold-grammars")
@@ -167,7 +168,7 @@ class Answers:
             grammar=await self._grammar(prompt, options),
         )
         writing = _Writing(self._model, prompt, options)
-        async with Submission(self.engine, request, caller, self._quotas) as submission:
+        async with self._submission(request, caller) as submission:
             async for event in submission:
                 submission.num_written += len(event.tokens)
                 delta = writing.take(event)
@@ -183,7 +184,7 @@ class Answers:
         request = Request(
             prompt=prompt.ids, id=caller.request_id, embeds=True, tenant=caller.key_id, weight=caller.weight
         )
-        async with Submission(self.engine, request, caller, self._quotas) as submission:
+        async with self._submission(request, caller) as submission:
             async for event in submission:
                 if event.embedding:
                     return event.embedding, len(prompt.ids)
@@ -193,6 +194,12 @@ class Answers:
         """Let the threads go."""
         for threads in (self._threads, self._grammar_thread):
             threads.shutdown(wait=False, cancel_futures=True)
+
+    def _submission(self, request: Request, caller: Caller) -> Submission:
+        loop = asyncio.get_running_loop()
+        if self._mailbox is None or self._mailbox.loop is not loop:
+            self._mailbox = Mailbox(loop)
+        return Submission(self.engine, request, caller, quotas=self._quotas, mailbox=self._mailbox)
 
     async def _reasoning_budget(self, prompt: Prompt, options: Options) -> ReasoningBudget | None:
         if options.reasoning_tokens is None:

@@ -61,7 +61,7 @@ class Meters:
                     if is_first:
                         self._observe_first(now_s - start_s)
                     else:
-                        self._between.labels(self.model_name).observe(now_s - last_s)
+                        self._between.observe(now_s - last_s)
                     last_s, is_first, ended = now_s, False, delta.finish_reason or ended
                     yield delta
         except Exception:
@@ -71,17 +71,18 @@ class Meters:
             self._count_end(ended, time.perf_counter() - start_s)
 
     def _observe_first(self, first_s: float) -> None:
-        self._first_token.labels(self.model_name).observe(first_s)
-        self._first_token_vllm.labels(self.model_name).observe(first_s)
+        self._first_token.observe(first_s)
+        self._first_token_vllm.observe(first_s)
 
     def _count_end(self, ended: str, answer_s: float) -> None:
         self._ended.labels(self.model_name, ended).inc()
         if ended not in ("cancelled", "failed"):
             self._ended_vllm.labels(self.model_name, ended).inc()
-            self._answer.labels(self.model_name).observe(answer_s)
+            self._answer.observe(answer_s)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, (MODEL_LABEL,), buckets=buckets, registry=self.registry)
+        made = Histogram(name, text, (MODEL_LABEL,), buckets=buckets, registry=self.registry)
+        return made.labels(self.model_name)  # looked up here, not for each token
 
 
 class MeteredAnswers:

@@ -26,14 +26,14 @@ KEEP_ALIVE = ": keep-alive\n\n"
 Result = TypeVar("Result")
 
 
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 # Unicode's line ends, which JSON leaves as they are and which many clients take for the end of a line.
 LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
 def data_line(value: Any) -> str:
     """Return a value as an event without a name."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return f"data: {text.translate(LINE_ENDS)}\n\n"
+    return f"data: {_to_json(value).translate(LINE_ENDS)}\n\n"
 
 
 def event_line(name: str, value: Any) -> str:

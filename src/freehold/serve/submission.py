@@ -1,12 +1,37 @@
 """A request on its way through the engine, seen from the event loop."""
 
 import asyncio
+import threading
 import time
+from functools import partial
 
 from freehold.engine.engine import Engine
 from freehold.engine.request import Event, Finish, Request
 from freehold.errors import Draining, EngineFailed, TimedOut
 from freehold.serve.caller import Caller, Quotas, Reservation
+
+
+class Mailbox:
+    """Events on their way from the engine's thread to an event loop, which a step's events wake once, not each."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop = loop
+        self._lock = threading.Lock()
+        self._posted: list[tuple[asyncio.Queue[Event], Event]] = []
+
+    def post(self, queue: "asyncio.Queue[Event]", event: Event) -> None:
+        """Have an event put into a queue of the loop; for other threads than the loop's."""
+        with self._lock:
+            self._posted.append((queue, event))
+            is_first = len(self._posted) == 1
+        if is_first:
+            self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        with self._lock:
+            posted, self._posted = self._posted, []
+        for queue, event in posted:
+            queue.put_nowait(event)
 
 
 class Submission:
@@ -16,8 +41,9 @@ class Submission:
     Raises: EngineFailed, TimedOut, Draining while iterated, as the request's end says.
     """
 
-    def __init__(self, engine: Engine, request: Request, caller: Caller, quotas: Quotas | None):
+    def __init__(self, engine: Engine, request: Request, caller: Caller, *, quotas: Quotas | None, mailbox: Mailbox):
         self._engine, self._request, self._caller, self._quotas = engine, request, caller, quotas
+        self._mailbox = mailbox
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._number: int | None = None
         self._is_over = False
@@ -26,15 +52,10 @@ class Submission:
         self.num_written = 0
 
     async def __aenter__(self) -> "Submission":
-        loop = asyncio.get_running_loop()
-
-        def listen(event: Event) -> None:  # on the engine's thread
-            loop.call_soon_threadsafe(self._events.put_nowait, event)
-
         if self._quotas:
             self._reservation = await self._quotas.reserve(self._caller, self._worst_case())
         try:
-            self._number = self._engine.submit(self._request, listen)
+            self._number = self._engine.submit(self._request, partial(self._mailbox.post, self._events))
         except BaseException:
             await self._settle(0)
             raise

@@ -135,9 +135,10 @@ class Tokenizer:
         token: str | None = self._core.id_to_token(token_id)
         if token is None:
             return b""
-        if all(char in BYTE_OF for char in token):
-            return bytes(BYTE_OF[char] for char in token)
-        return token.encode()  # not of the byte alphabet: stands for itself
+        try:
+            return bytes(map(BYTE_OF.__getitem__, token))
+        except KeyError:
+            return token.encode()  # not of the byte alphabet: stands for itself
 
     def token_text(self, token_id: int) -> str:
         """Return the text of one id; part of a character is shown as U+FFFD."""
