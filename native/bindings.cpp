@@ -3,14 +3,13 @@
 //
 // Tensors come as addresses, so nothing here is compiled or linked against torch. The callers in src/freehold/ops have
 // checked dtype, contiguity and shape, and hold the tensors for the length of the call; the GIL is released meanwhile.
-#include <sys/mman.h>
-
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include "cpu.h"
 #include "kernels.h"
+#include "memory.h"
 #include "pack.h"
 #include "pool.h"
 #include "program.h"
@@ -182,15 +181,6 @@ void pack(int num_threads, const Matrix& packed, Address stored) {
   });
 }
 
-// Asks for large pages in a piece of memory that nothing was written to yet.
-void advise_large_pages([[maybe_unused]] Address begin, [[maybe_unused]] std::size_t num_bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr Address PAGE = 4096;
-  const Address first = (begin + PAGE - 1) / PAGE * PAGE, end = (begin + num_bytes) / PAGE * PAGE;
-  if (end > first) madvise(at(first), end - first, MADV_HUGEPAGE);  // advice: a refusal changes nothing
-#endif
-}
-
 void unpack_rows(int num_threads, const Matrix& packed, Address row_numbers, std::size_t num_rows, Address out) {
   nb::gil_scoped_release unlocked;
   run_team(num_threads, [&](Team& team, int) {
@@ -259,6 +249,6 @@ NB_MODULE(_kernels, module) {
   module.def("forms", &forms, nb::rv_policy::reference);
   module.def("packed_bytes", &packed_bytes);
   module.def("pack", &pack);
-  module.def("advise_large_pages", &advise_large_pages);
+  module.def("place_weights", [](Address begin, std::size_t num_bytes) { place_weights(at(begin), num_bytes); });
   module.def("unpack_rows", &unpack_rows);
 }

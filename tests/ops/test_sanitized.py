@@ -33,7 +33,7 @@ KERNELS = (  # as CMakeLists.txt
     "attention attention_mixer attention_write kernels linear_float linear_quantized"
     " mamba2 mamba2_mixer mlp moe peaks rows sampling"
 ).split()
-SHARED = ["pack", "pool", "program", "scratch"]
+SHARED = ["memory", "pack", "pool", "program", "scratch"]
 
 # In the place of native/cpu.cpp: a machine that runs every form.
 CPU = """
