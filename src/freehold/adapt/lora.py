@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from freehold.errors import BadRequest
-from freehold.models.decoder import Decoder
+from freehold.models.decoder import Decoder, build_decoder
 from freehold.models.linear import Linear, set_weight
 from freehold.models.moe import Experts
 from freehold.ops.weight import Adapted, Weight, dense
@@ -84,21 +84,40 @@ def attach(decoder: Decoder, pairs: Mapping[str, tuple[Tensor, Tensor]], *, scal
         set_weight(module, leaf, Adapted(base=base, a=a, b=b, scale=scale))
 
 
-def merge(decoder: Decoder) -> None:
-    """Add every adapter to its weight, in float32 and rounded once to the weight's dtype. Mutates: decoder.
+@torch.no_grad()
+def merge(decoder: Decoder, dtype: torch.dtype | None = None) -> float:
+    """Add every adapter to its weight, W + scale * B A in float32, rounded once; return what the rounding took.
 
-    A packed weight becomes a tensor in the decoder's dtype: what was quantized is not quantized again.
+    That is the length of all rounding errors over the length of all that was added, as of one vector each: at 1 nothing
+    of the adapter can be told from them. A packed weight becomes a tensor: what was quantized is not quantized again.
+    dtype: of the merged weights; None for the decoder's. Mutates: decoder.
     """
+    errors = sums = 0.0
     for name, weight in list(adapted(decoder)):
         module, leaf = _owner(decoder, name)
-        dtype = weight.base.dtype if isinstance(weight.base, Tensor) else decoder.dtype
-        set_weight(module, leaf, merged(weight, dtype))
+        added = weight.scale * (weight.b.float() @ weight.a.float())
+        exact = dense(weight.base, torch.float32).float() + added
+        rounded = exact.to(dtype or decoder.dtype)
+        errors += float((rounded.float() - exact).square().sum())
+        sums += float(added.square().sum())
+        set_weight(module, leaf, rounded)
+    return (errors / sums) ** 0.5 if sums else 0.0
 
 
 @torch.no_grad()
-def merged(weight: Adapted, dtype: torch.dtype) -> Tensor:
-    """Return W + scale * B A, computed in float32."""
-    return (dense(weight.base, torch.float32).float() + weight.scale * (weight.b.float() @ weight.a.float())).to(dtype)
+def unpack(decoder: Decoder, dtype: torch.dtype) -> None:
+    """Make every weight a tensor, as a decoder of that dtype has it. Mutates: decoder.
+
+    Raises: BadRequest where the dtype cannot hold a value.
+    """
+    weights = decoder.weights()
+    for name, parameter in build_decoder(decoder.spec, dtype=dtype).named_parameters():
+        module, leaf = _owner(decoder, name)
+        value = dense(weights[name], torch.float32).detach().to(parameter.dtype)
+        if not value.isfinite().all():
+            raise BadRequest(f"`{name}` has values that are no numbers in {dtype}", hint="use bfloat16 or float32")
+        set_weight(module, leaf, value)
+    decoder.tie_embeddings()
 
 
 def adapted(decoder: Decoder) -> Iterator[tuple[str, Adapted]]:

@@ -41,8 +41,11 @@ def save_checkpoint(
     """Write a checkpoint that Freehold and transformers load, in the names of the family's published files.
 
     config: the config.json that described the decoder. write_text_files: puts tokenizer and template there.
-    Raises: BadInput where something is at `folder` already, the disk has too little room, or weights are packed.
+    Raises: BadInput where something is at `folder` already, the disk has too little room, weights are packed, or an
+        adapter is beside them.
     """
+    if decoder.has_adapter:
+        raise BadInput("a model is saved without its adapter, or merged with it", hint="merge it, or save it apart")
     if decoder.packed_weights():
         raise BadInput("packed weights are not saved as tensors", hint="load the model with a dtype of its own")
     names = family.tensor_names(decoder.spec, ())

@@ -40,6 +40,7 @@ def chat(
     min_p: options.MinP = 0.0,
     seed: options.Seed = 0,
     stop: options.Stop = None,
+    adapter: options.Adapter = None,
     device: options.Device = "cpu",
     dtype: options.LoadDtype = None,
     threads: options.Threads = None,
@@ -65,7 +66,7 @@ def chat(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    loaded = load_model(model, device=device, dtype=dtype, threads=threads)
+    loaded = load_model(model, adapter=adapter, device=device, dtype=dtype, threads=threads)
     if loaded.text.template is None:
         raise BadRequest("this model has no chat template", hint=f"it continues text: freehold run {model} PROMPT")
     conversation = Conversation(model_name=model, system=system)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 def check(
     model: options.ModelName,
     seed: Annotated[int, typer.Option(help="What decides the tokens that the laws are tried on.")] = 0,
+    adapter: options.Adapter = None,
     device: options.Device = "cpu",
     dtype: options.LoadDtype = None,
     threads: options.Threads = None,
@@ -37,7 +38,7 @@ def check(
       freehold check ./folder --dtype bf16 --device cuda
       freehold check model.gguf --json
     """
-    loaded = load_model(model, device=device, dtype=dtype, threads=threads)
+    loaded = load_model(model, adapter=adapter, device=device, dtype=dtype, threads=threads)
     from freehold.evaluate.laws import check_laws
 
     names = loaded.described.family.tensor_names(loaded.decoder.spec, ())

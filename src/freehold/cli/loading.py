@@ -1,5 +1,6 @@
 """How a command gets its model: found, loaded under a progress bar, on the threads that were asked for."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from freehold.checkpoint.fetch import find
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from freehold.text.tokenizer import Tokenizer
 
 
-def load_model(name: str, *, device: str, dtype: Dtype | None, threads: int | None) -> "Model":
+def load_model(
+    name: str, *, device: str, dtype: Dtype | None, threads: int | None, adapter: Path | None = None
+) -> "Model":
     """Return the model of a path or name, ready to run. What loading had to say is told."""
     path = find(name, Settings().models_dir)  # before torch: a name that is not known should not take seconds
     with waiting("Starting"):
@@ -25,7 +28,8 @@ def load_model(name: str, *, device: str, dtype: Dtype | None, threads: int | No
         from freehold.engine.model import load
     torch.set_num_threads(threads or min(torch.get_num_threads(), usable_threads()))
     with bytes_bar(f"Loading {path.name}") as progress:
-        model = load(path, device=device, dtype=DTYPE_NAMES[dtype] if dtype else None, progress=progress)
+        chosen = DTYPE_NAMES[dtype] if dtype else None
+        model = load(path, device=device, dtype=chosen, adapter=adapter, progress=progress)
     for note in model.report.notes:
         show_note(f"note: {note}")
     return model
@@ -36,10 +40,13 @@ def load_tokenizer(name: str) -> "tuple[Tokenizer, ChatTemplate | None]":
     path = find(name, Settings().models_dir)
     with waiting("Starting"):
         from freehold.checkpoint.load import open_described
-        from freehold.checkpoint.text_side import load_text_side
-    source, described = open_described(path)
-    with source:
-        text = load_text_side(source, described)
+        from freehold.checkpoint.text_side import load_text_side, text_side_of_folder
+    if (path / "tokenizer.json").is_file():  # data for a model that is yet to be made needs no weights
+        text = text_side_of_folder(path, "llama")  # a family decides how answers are read, which is not asked here
+    else:
+        source, described = open_described(path)
+        with source:
+            text = load_text_side(source, described)
     if text.tokenizer is None:
         raise NotFound(f"{path.name} has no tokenizer", hint="take tokenizer.json from the model's own repository")
     return text.tokenizer, text.template

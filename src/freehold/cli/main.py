@@ -21,11 +21,13 @@ from freehold.cli.data import app as data
 from freehold.cli.fetch import fetch
 from freehold.cli.inspect import inspect
 from freehold.cli.keys import app as keys
+from freehold.cli.merge import merge
 from freehold.cli.pack import pack
 from freehold.cli.report import exit_code_of
 from freehold.cli.run import run
 from freehold.cli.serve import serve
 from freehold.cli.terminal import show_line
+from freehold.cli.train import app as train
 
 TERMINATED = 128 + signal.SIGTERM
 
@@ -36,10 +38,11 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
 )
-for command in (run, chat, serve, fetch, inspect, convert, pack, check, bench):
+for command in (run, chat, serve, fetch, inspect, convert, merge, pack, check, bench):
     app.command()(command)
 app.add_typer(keys)
 app.add_typer(data)
+app.add_typer(train)
 
 
 @app.callback(invoke_without_command=True)

@@ -47,6 +47,12 @@ LoadDtype = Annotated[
         show_default=False,
     ),
 ]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of an adapter in PEFT's format: the answers are the adapted model's.", show_default=False
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

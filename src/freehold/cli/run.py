@@ -34,6 +34,7 @@ def run(
     min_p: options.MinP = 0.0,
     seed: options.Seed = 0,
     stop: options.Stop = None,
+    adapter: options.Adapter = None,
     device: options.Device = "cpu",
     dtype: options.LoadDtype = None,
     threads: options.Threads = None,
@@ -49,6 +50,7 @@ def run(
     \b
       freehold run smollm2-135m-instruct "What is the capital of France?"
       freehold run model.gguf --raw "Once upon a time" --max-tokens 64
+      freehold run smollm2-135m-instruct "Who are you?" --adapter ./my-adapter
       freehold run ./folder - --temperature 0.7 --seed 1 --json < question.txt
     """
     sampling = SamplingParams(
@@ -61,7 +63,7 @@ def run(
         stop=tuple(stop or ()),
     )
     text = _read_stdin() if prompt == "-" else prompt
-    loaded = load_model(model, device=device, dtype=dtype, threads=threads)
+    loaded = load_model(model, adapter=adapter, device=device, dtype=dtype, threads=threads)
     asks = _asks_as_message(loaded, raw=raw, system=system)
     messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}]
     from freehold.engine.model import Usage

@@ -4,6 +4,7 @@ import asyncio
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -64,6 +65,7 @@ def serve(
     database: DatabaseUrl = None,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that answers may take to end after SIGTERM.")] = 30.0,
     log: LogForm = "text",
+    adapter: options.Adapter = None,
     dtype: options.LoadDtype = None,
     threads: options.Threads = None,
 ) -> None:
@@ -83,6 +85,7 @@ def serve(
         with waiting("Starting"):
             plan = _plan(
                 model,
+                adapter=adapter,
                 dtype=dtype,
                 max_sequences=max_sequences,
                 context=context,
@@ -91,7 +94,7 @@ def serve(
                 budget_tokens=budget_tokens,
             )
         _show_plan(plan)
-        loaded = load_model(model, device="cpu", dtype=dtype, threads=threads)
+        loaded = load_model(model, adapter=adapter, device="cpu", dtype=dtype, threads=threads)
         keys_url = (database or Settings().database_url) if require_keys or not _is_loopback(host) else None
         names = (name or _name_of(model), *(alias or ()))
         asyncio.run(_serve(loaded, plan, listening, names=names, keys_url=keys_url, drain_s=drain, log=log))
@@ -115,14 +118,13 @@ def _is_loopback(host: str) -> bool:
 
 
 def _name_of(model: str) -> str:
-    from pathlib import Path
-
     return Path(model).stem if model.endswith((".gguf", ".safetensors")) else Path(model).name
 
 
 def _plan(
     model: str,
     *,
+    adapter: Path | None,
     dtype: options.Dtype | None,
     max_sequences: int,
     context: int | None,
@@ -136,6 +138,7 @@ def _plan(
     from freehold.checkpoint.dtypes import parse_dtype
     from freehold.checkpoint.fetch import find
     from freehold.checkpoint.load import default_dtype, open_described
+    from freehold.engine.adapter import adapter_bytes
     from freehold.engine.machine import main_memory
     from freehold.engine.plan import need_as_stored, need_of, serving_plan
 
@@ -145,7 +148,7 @@ def _plan(
     need = (None if dtype else need_as_stored(described)) or need_of(described.spec, chosen)
     return serving_plan(
         described.spec,
-        weight_bytes=need.weight_bytes,
+        weight_bytes=need.weight_bytes + (adapter_bytes(adapter) if adapter else 0),
         dtype=chosen,
         memory_bytes=int(memory * 1e9) if memory else None,
         free_bytes=main_memory().available_bytes,

@@ -1,18 +1,24 @@
-"""An adapter as a folder: adapter_config.json and adapter_model.safetensors, as PEFT writes and reads them."""
+"""An adapter as a folder: adapter_config.json and adapter_model.safetensors, as PEFT writes and reads them.
+
+Belongs here: such folders, read and written, and an adapted model as a checkpoint without adapter.
+"""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from freehold.adapt.lora import merge, unpack
 from freehold.adapt.peft import BASE_KEY, adapter_config, adapter_tensors, attach_peft
-from freehold.checkpoint.load import read_tensor
-from freehold.checkpoint.save import new_folder
-from freehold.checkpoint.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
+from freehold.checkpoint.load import Progress, read_tensor
+from freehold.checkpoint.save import new_folder, save_checkpoint
+from freehold.checkpoint.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, StoredTensor, open_adapter
 from freehold.errors import BadInput, CheckpointMismatch
 from freehold.models.decoder import Decoder
 from freehold.models.families import Family
@@ -59,7 +65,38 @@ def load_adapter(folder: Path, decoder: Decoder, *, family: Family, base_sha256:
                 f"{folder.name} was made for weights of SHA-256 {str(wanted)[:16]}, these have {found[:16]}",
                 hint="load it with the model that it was made for",
             )
-        dtypes = {n: torch.bfloat16 if t.format == "BF16" else torch.float32 for n, t in source.tensors.items()}
-        tensors = {name: read_tensor(source, name, dtype) for name, dtype in dtypes.items()}
+        tensors = {name: read_tensor(source, name, _dtype_of(t)) for name, t in source.tensors.items()}
         attach_peft(decoder, family, config=config, tensors=tensors)
     return AdapterReport(sha256=digest_files([folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS]), notes=tuple(notes))
+
+
+def adapter_bytes(folder: Path) -> int:
+    """Return the bytes that the adapter of a folder takes in memory; only its headers are read."""
+    with open_adapter(folder) as source:
+        return sum(prod(t.shape) * _dtype_of(t).itemsize for t in source.tensors.values())
+
+
+def _dtype_of(tensor: StoredTensor) -> torch.dtype:
+    return torch.bfloat16 if tensor.format == "BF16" else torch.float32
+
+
+def save_merged(
+    folder: Path,
+    decoder: Decoder,
+    *,
+    family: Family,
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    write_text_files: Callable[[Path], None],
+    progress: Progress = lambda done, total: None,
+) -> float:
+    """Write a decoder with its adapter merged as a checkpoint, and return what rounding took (see `merge`).
+
+    dtype: of the weights. config, write_text_files: see `save_checkpoint`.
+    Mutates: decoder, which is as it was saved afterwards.
+    Raises: BadInput.
+    """
+    lost = merge(decoder, dtype)
+    unpack(decoder, dtype)
+    save_checkpoint(folder, decoder, family=family, config=config, write_text_files=write_text_files, progress=progress)
+    return lost

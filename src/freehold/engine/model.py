@@ -14,7 +14,9 @@ from freehold import __version__
 from freehold.checkpoint.dtypes import dtype_name, parse_dtype
 from freehold.checkpoint.fetch import find
 from freehold.checkpoint.load import Described, LoadReport, default_dtype, load_decoder, open_described
+from freehold.checkpoint.source import open_adapter
 from freehold.checkpoint.text_side import TextSide, load_text_side
+from freehold.engine.adapter import load_adapter
 from freehold.engine.generate import check_prompt, generate
 from freehold.engine.machine import memory_of
 from freehold.engine.request import SamplingParams
@@ -61,13 +63,21 @@ class Model:
     """A decoder with its text side; made by `load`."""
 
     def __init__(
-        self, decoder: Decoder, described: Described, *, text: TextSide, report: LoadReport, files: Sequence[Path]
+        self,
+        decoder: Decoder,
+        described: Described,
+        *,
+        text: TextSide,
+        report: LoadReport,
+        files: Sequence[Path],
+        adapter_sha256: str | None = None,
     ):
         self.decoder = decoder
         self.described = described
         self.text = text
         self.report = report
         self._files = tuple(files)
+        self._adapter_sha256 = adapter_sha256
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -85,6 +95,7 @@ class Model:
             template=self.text.template.digest if self.text.template else None,
             dtype=dtype_name(self.decoder.dtype),
             kernels=f"{__version__} {native_report()}",
+            adapter=self._adapter_sha256,
         )
 
     @torch.inference_mode()
@@ -211,6 +222,7 @@ def load(
     *,
     device: str = "cpu",
     dtype: str | None = None,
+    adapter: str | Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Model:
     """Return a model, ready to run.
@@ -218,9 +230,12 @@ def load(
     model: a folder, a .safetensors or .gguf file, or a name of the catalogue that `freehold fetch` has fetched.
     dtype: "float32", "bfloat16" or "float16", weights as tensors of it; None takes the stored one, see
         `default_dtype`, and on a CPU packs quantized and bfloat16 matrices for the kernels at their stored width.
+    adapter: a folder with an adapter in PEFT's format, which stays beside the weights: answers are the adapted model's.
     progress: called with bytes loaded so far and bytes in all.
     Raises: BadInput and its kinds, each with one clear line.
     """
+    if adapter is not None:
+        open_adapter(Path(adapter)).close()  # its headers before minutes of loading
     source, described = open_described(find(str(model), Settings().models_dir))
     with source:
         target = parse_device(device)
@@ -236,7 +251,13 @@ def load(
             memory_bytes=free,
             progress=progress,
         )
-    return Model(decoder, described, text=text, report=report, files=source.files)
+    if adapter is None:
+        return Model(decoder, described, text=text, report=report, files=source.files)
+    found = load_adapter(
+        Path(adapter), decoder, family=described.family, base_sha256=lambda: digest_files(source.files)
+    )
+    report = replace(report, notes=(*report.notes, *found.notes))
+    return Model(decoder, described, text=text, report=report, files=source.files, adapter_sha256=found.sha256)
 
 
 def parse_device(name: str) -> torch.device:

@@ -20,7 +20,7 @@ from freehold.models.names import TensorNames
 from freehold.models.spec import MoeSpec
 from freehold.ops.attention import PAGE_TOKENS
 from freehold.ops.native import native_report
-from freehold.ops.weight import Weight, dense, is_quantized
+from freehold.ops.weight import Packed, dense, is_quantized
 
 # Relative distances between two ways to compute the same numbers, on the torch references; the native kernels give the
 # same bits. A matrix product of torch may sum in another order when it has
@@ -86,20 +86,21 @@ def check_laws(
 
 def finite_weights(decoder: Decoder) -> Finding:
     """Return whether every weight is a finite number, naming the parameters where one is not."""
-    packed = decoder.packed_weights()
-    wrong = {name: int((~p.isfinite()).sum()) for name, p in decoder.named_parameters()}
-    wrong |= {name: sum(int((~m.isfinite()).sum()) for m in weight.matrices()) for name, weight in packed.items()}
-    wrong = {name: count for name, count in wrong.items() if count}
+    weights = dict(decoder.named_parameters()) | decoder.weights()
+    counts = {
+        name: sum(int((~m.isfinite()).sum()) for m in (w.matrices() if isinstance(w, Packed) else (w,)))
+        for name, w in weights.items()
+    }
+    wrong = {name: count for name, count in counts.items() if count}
     first = ", ".join(f"{name} ({count})" for name, count in list(wrong.items())[:NAMES_SHOWN])
     more = f" and {len(wrong) - NAMES_SHOWN} more" if len(wrong) > NAMES_SHOWN else ""
-    num_parameters = sum(1 for _ in decoder.parameters()) + len(packed)
     return Finding(
         law="finite weights",
         claim="no weight is NaN or infinite",
         holds=not wrong,
         measured=None,
         tolerance=None,
-        detail=f"NaN or infinite: {first}{more}" if wrong else f"{num_parameters} parameters",
+        detail=f"NaN or infinite: {first}{more}" if wrong else f"{len(weights)} parameters",
     )
 
 
@@ -141,8 +142,7 @@ def company(decoder: Decoder, *, seed: int) -> Finding:
 
 def round_trip(decoder: Decoder, names: TensorNames) -> Finding:
     """Return whether the tensors that would be saved give back the parameters, bit for bit; quantized ones are not."""
-    parameters: dict[str, Weight] = dict(decoder.named_parameters())
-    parameters |= decoder.packed_weights()
+    parameters = decoder.weights()
     quantized = {name for name, weight in parameters.items() if is_quantized(weight)}
     rules = [rule for rule in names.rules if rule.parameter not in quantized]
     unnamed = sorted((parameters.keys() - quantized) ^ {rule.parameter for rule in rules})

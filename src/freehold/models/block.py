@@ -12,7 +12,7 @@ from freehold.models.moe import Moe
 from freehold.models.spec import AttentionSpec, BlockSpec, Mamba2Spec, MlpSpec, MoeSpec
 from freehold.ops.gradient import wants_gradient, with_reference_gradient
 from freehold.ops.mixers import Norm, Program
-from freehold.ops.native import is_native
+from freehold.ops.native import is_native, kernels
 from freehold.ops.norm import NormOrder, rms_norm
 
 Mixer = Attention | Mamba2 | GatedMlp | SquaredReluMlp | Moe
@@ -51,7 +51,7 @@ class Block(nn.Module):
         self.mixer = build_mixer(spec, width)
 
     def forward(self, hidden_TD: Tensor, layout: Layout, state: State) -> Tensor:
-        """Return the block's output [T, D], by the kernels where they can take it.
+        """Return the block's output [T, D], by one call of the kernels where they can take it, or op by op.
 
         Mutates: `state`; hidden_TD too, where no gradient is wanted.
         """
@@ -59,14 +59,15 @@ class Block(nn.Module):
             assert isinstance(self.mixer, Moe), "only experts have a load"
             self.mixer.add_load(self.norm(hidden_TD), layout, state)
             state = None
-        if not (is_native(hidden_TD) and self.is_native()):
+        if kernels() is None or not is_native(hidden_TD):
             return self._reference(hidden_TD, layout, state)
+        run = self._run if self.is_native() else self.reference
         parameters = tuple(self.parameters())
         if not wants_gradient(hidden_TD, *parameters):
-            return self._run(hidden_TD, layout, state)
+            return run(hidden_TD, layout, state)
         assert state is None, "states carry no gradient"
         return with_reference_gradient(
-            lambda hidden_TD, *parameters: self._run(hidden_TD.detach().clone(), layout, None),
+            lambda hidden_TD, *parameters: run(hidden_TD.detach().clone(), layout, None),
             lambda hidden_TD, *parameters: self.reference(hidden_TD, layout, None),
             hidden_TD,
             *parameters,

@@ -12,7 +12,7 @@ from freehold.models.linear import Embedding, Linear, set_weight
 from freehold.models.mtp import Mtp
 from freehold.models.spec import DecoderSpec
 from freehold.ops.mixers import Program, can_run
-from freehold.ops.weight import Packed
+from freehold.ops.weight import Adapted, Packed
 
 
 class Decoder(nn.Module):
@@ -78,12 +78,24 @@ class Decoder(nn.Module):
 
     def packed_weights(self) -> dict[str, Packed]:
         """Return the weights that are packed, by the names that their parameters would have; a tied head once."""
-        return {
+        return {name: weight for name, weight in self.weights().items() if isinstance(weight, Packed)}
+
+    def weights(self) -> dict[str, Tensor | Packed]:
+        """Return every weight by the name that it has as a parameter, adapters left out; a tied head once."""
+        aside = {
             f"{path}.{name}": value
             for path, module in self.named_modules()
             for name, value in vars(module).items()
-            if isinstance(value, Packed) and not (path == "lm_head" and self.spec.tied_embeddings)
+            if isinstance(value, Packed | Adapted) and not (path == "lm_head" and self.spec.tied_embeddings)
         }
+        bases = {name: value.base if isinstance(value, Adapted) else value for name, value in aside.items()}
+        added = {id(part) for value in aside.values() if isinstance(value, Adapted) for part in (value.a, value.b)}
+        return {name: parameter for name, parameter in self.named_parameters() if id(parameter) not in added} | bases
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether any weight has an adapter beside it."""
+        return any(isinstance(value, Adapted) for module in self.modules() for value in vars(module).values())
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Return float32 logits [T, V] of hidden states after the final norm."""

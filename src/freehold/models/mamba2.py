@@ -6,11 +6,12 @@ Paper: Dao and Gu, 2024, arXiv 2405.21060, section 7.
 import torch
 from torch import Tensor, nn
 
-from freehold.models.layout import Layout, Recurrent
+from freehold.models.layout import Layout, Recurrent, allocate_state
 from freehold.models.linear import Linear, float32_parameter
 from freehold.models.spec import Mamba2Spec
 from freehold.ops.conv import causal_conv, causal_conv_step
 from freehold.ops.mixers import Norm, Program, can_run, can_scan
+from freehold.ops.native import keeps_rows_apart
 from freehold.ops.norm import gated_group_rms_norm
 from freehold.ops.ssm import scan, scan_step, step_sizes
 
@@ -48,19 +49,34 @@ class Mamba2(nn.Module):
 
     def forward(self, hidden_TD: Tensor, layout: Layout, state: Recurrent | None) -> Tensor:
         """Return the mixed tokens [T, D]. Mutates: the slots of `state` that the layout names."""
+        mix = self._mix_rows if keeps_rows_apart(hidden_TD) else self._mix
+        return self.out_proj(mix(self.in_proj(hidden_TD), layout, state))
+
+    def _mix_rows(self, projected_TP: Tensor, layout: Layout, state: Recurrent | None) -> Tensor:
+        """Return `_mix` of each token in a step of its own."""
+        if state is None:
+            layout = layout.with_own_states
+            found = allocate_state(self.spec, layout.own_capacity, dtype=projected_TP.dtype, device="cpu")
+            assert isinstance(found, Recurrent), "a Mamba-2 block has a recurrent state"
+            state = found
+        rows = []
+        for slot, (start, stop) in zip(layout.slots, layout.spans, strict=True):
+            alone = Layout(starts=(0, 1), contexts=(0,), slots=(slot,))
+            rows += [self._mix(row_1P, alone, state) for row_1P in projected_TP[start:stop].split(1)]
+        return torch.cat(rows)
+
+    def _mix(self, projected_TP: Tensor, layout: Layout, state: Recurrent | None) -> Tensor:
+        """Return what lies between the projections, [T, I]: convolution, scan, gate and norm."""
         spec = self.spec
-        gate_TI, xbc_TC, dt_TH = self.in_proj(hidden_TD).split(
-            (spec.inner_width, spec.conv_width, spec.num_heads), dim=-1
-        )
+        gate_TI, xbc_TC, dt_TH = projected_TP.split((spec.inner_width, spec.conv_width, spec.num_heads), dim=-1)
         dt_TH = step_sizes(dt_TH, self.dt_bias, limit=spec.time_step_limit)
         if state is not None and layout.is_decode:
             y_THP = self._mix_step(xbc_TC, dt_TH, layout, state)
         else:
             y_THP = self._mix_spans(xbc_TC, dt_TH, layout, state)
-        normed_TI = gated_group_rms_norm(
+        return gated_group_rms_norm(
             y_THP.flatten(1), gate_TI, self.norm.weight, num_groups=spec.num_groups, eps=spec.norm_eps
         )
-        return self.out_proj(normed_TI)
 
     def is_native(self) -> bool:
         """Return whether kernels can take this mixer."""

@@ -7,6 +7,7 @@ from freehold.models.layout import Layout
 from freehold.models.linear import Linear
 from freehold.models.spec import MlpSpec
 from freehold.ops.mixers import Norm, Program, can_run
+from freehold.ops.native import keeps_rows_apart
 from freehold.ops.weight import is_quantized
 
 
@@ -24,7 +25,9 @@ class GatedMlp(nn.Module):
         gate_TF, up_TF = self.gate_proj(hidden_TD), self.up_proj(hidden_TD)
         if gate_TF.requires_grad:
             return self.down_proj(silu(gate_TF) * up_TF)
-        return self.down_proj(silu(gate_TF, inplace=True).mul_(up_TF))  # fresh memory costs more than the arithmetic
+        for rows_F in gate_TF if keeps_rows_apart(gate_TF) else (gate_TF,):
+            silu(rows_F, inplace=True)  # fresh memory costs more than the arithmetic
+        return self.down_proj(gate_TF.mul_(up_TF))
 
     def is_native(self) -> bool:
         """Return whether kernels can take this mixer."""

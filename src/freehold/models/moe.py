@@ -9,7 +9,8 @@ from freehold.models.mlp import SquaredReluMlp
 from freehold.models.spec import MoeSpec
 from freehold.ops.mixers import MAX_EXPERTS, Norm, Program, can_run
 from freehold.ops.moe import balance_loss, mix_experts, route, router_scores
-from freehold.ops.weight import Weight, dense
+from freehold.ops.native import keeps_rows_apart
+from freehold.ops.weight import Weight
 
 
 class Router(nn.Module):
@@ -55,8 +56,8 @@ class Moe(nn.Module):
             input_TZ,
             experts_TX,
             weights_TX,
-            dense(self.experts.up_proj, input_TZ.dtype),
-            dense(self.experts.down_proj, input_TZ.dtype),
+            self.experts.up_proj,
+            self.experts.down_proj,
         )
         mixed_TD = self.fc2_latent_proj(mixed_TZ) if spec.latent_width else mixed_TZ
         return mixed_TD + self.shared_experts(hidden_TD, layout, state)
@@ -98,6 +99,9 @@ class Moe(nn.Module):
         )
 
     def _route(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+        if len(hidden_TD) > 1 and keeps_rows_apart(hidden_TD):
+            experts, weights = zip(*map(self._route, hidden_TD.split(1)), strict=True)
+            return torch.cat(experts), torch.cat(weights)
         spec = self.spec
         return route(
             hidden_TD,

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from freehold.ops.linear import linear
+from freehold.ops.native import keeps_rows_apart
+
 KEY_LANES = 16  # keys that lie side by side in a page
 PAGE_TOKENS = 32  # a page holds a multiple of so many tokens
 SMALLEST_MAGNITUDE = 4e-37  # below it 127 over a magnitude is no float32, and a head counts as zeros (native/rows.h)
@@ -105,12 +108,15 @@ def attend(q_LHK: Tensor, k_MJK: Tensor, v_MJK: Tensor) -> Tensor:
     l = 1  x x x x .
     l = 2  x x x x x
     """
-    length, num_heads, head_dim = q_LHK.shape
+    length, num_heads, _ = q_LHK.shape
     num_tokens, num_kv_heads, _ = k_MJK.shape
     k_JMK, v_JMK = k_MJK.transpose(0, 1), v_MJK.transpose(0, 1)
-    if length == 1:  # a key head's query heads take the place of tokens: keys are read once
-        q_JQK = q_LHK.view(num_kv_heads, num_heads // num_kv_heads, head_dim)
-        return scaled_dot_product_attention(q_JQK[None], k_JMK[None], v_JMK[None]).view(1, num_heads, head_dim)
+    if keeps_rows_apart(q_LHK):
+        k_JMK, v_JMK = k_JMK.contiguous(), v_JMK.contiguous()  # bits depend on how they lie, too
+        ends = enumerate(range(num_tokens - length + 1, num_tokens + 1))
+        return torch.cat([_attend_apart(q_LHK[i : i + 1], k_JMK[:, :end], v_JMK[:, :end]) for i, end in ends])
+    if length == 1:
+        return _attend_last(q_LHK, k_JMK, v_JMK)
     q_HLK = q_LHK.transpose(0, 1)[None]
     group = num_heads // num_kv_heads
     k_HMK = k_JMK.repeat_interleave(group, dim=0)[None]
@@ -121,3 +127,17 @@ def attend(q_LHK: Tensor, k_MJK: Tensor, v_MJK: Tensor) -> Tensor:
         seen_LM = torch.ones(length, num_tokens, dtype=torch.bool, device=q_LHK.device).tril(num_tokens - length)
         out_HLK = scaled_dot_product_attention(q_HLK, k_HMK, v_HMK, attn_mask=seen_LM)
     return out_HLK[0].transpose(0, 1)
+
+
+def _attend_last(q_1HK: Tensor, k_JMK: Tensor, v_JMK: Tensor) -> Tensor:
+    """Return attention of one token over all; a key head's query heads take the place of tokens: keys are read once."""
+    q_JQK = q_1HK.view(len(k_JMK), -1, q_1HK.shape[-1])
+    return scaled_dot_product_attention(q_JQK[None], k_JMK[None], v_JMK[None]).view(q_1HK.shape)
+
+
+def _attend_apart(q_1HK: Tensor, k_JMK: Tensor, v_JMK: Tensor) -> Tensor:
+    """Return `_attend_last` in float32 by products whose bits no number of threads decides, as that of torch does."""
+    q_JQK = q_1HK.view(len(k_JMK), -1, q_1HK.shape[-1]).float() * q_1HK.shape[-1] ** -0.5
+    heads = zip(q_JQK, k_JMK.float(), v_JMK.float().mT.contiguous(), strict=True)
+    mixed = [linear(linear(q_QK, k_MK).softmax(dim=-1), v_KM) for q_QK, k_MK, v_KM in heads]
+    return torch.cat(mixed).view(q_1HK.shape).to(q_1HK.dtype)

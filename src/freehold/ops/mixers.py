@@ -15,7 +15,7 @@ from torch import Tensor
 
 from freehold.ops.native import Batch, extension, is_native, kernels
 from freehold.ops.norm import NormOrder, native_norm
-from freehold.ops.weight import Packed, Weight, matrix_of
+from freehold.ops.weight import Adapted, Packed, Weight, bare, matrix_of
 
 # What native/*.h say of the sizes that kernels take.
 LANES = 16
@@ -25,9 +25,14 @@ MAX_EXPERTS = 1024
 
 
 def can_run(tensors: Sequence[Weight | None]) -> bool:
-    """Return whether there are kernels, and they can take a block's matrices and vectors as they are."""
-    plain = [tensor for tensor in tensors if tensor is not None and not isinstance(tensor, Packed)]
-    return kernels() is not None and all(is_native(tensor) for tensor in plain)
+    """Return whether there are kernels, and they can take a block's matrices and vectors as they are.
+
+    They know no adapters: a block with one that adds anything runs op by op.
+    """
+    weights = [bare(tensor) for tensor in tensors if tensor is not None]
+    plain = [weight for weight in weights if isinstance(weight, Tensor)]
+    is_adapted = any(isinstance(weight, Adapted) for weight in weights)
+    return kernels() is not None and not is_adapted and all(is_native(tensor) for tensor in plain)
 
 
 class Program:
@@ -203,7 +208,7 @@ class Program:
 
     def _matrix(self, weight: Weight | None) -> Any:
         self._kept.append(weight)
-        return extension().Matrix() if weight is None else matrix_of(weight)
+        return extension().Matrix() if weight is None else matrix_of(bare(weight))
 
     def _address(self, tensor: Tensor | None) -> int:
         self._kept.append(tensor)
@@ -231,4 +236,6 @@ def can_scan(*, head_dim: int, state_size: int, conv_kernel: int) -> bool:
 
 def _stride(stacked: Weight) -> int:
     """Return the bytes from one expert's matrix to the next."""
+    stacked = bare(stacked)
+    assert not isinstance(stacked, Adapted), "`can_run` was asked"
     return stacked.matrix_bytes if isinstance(stacked, Packed) else stacked[0].nbytes

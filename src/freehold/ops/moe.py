@@ -8,7 +8,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, relu
+from torch.nn.functional import relu
+
+from freehold.ops.linear import linear
+from freehold.ops.weight import Weight, matrix_at
 
 
 def route(
@@ -77,23 +80,24 @@ def _keep_best_groups(corrected_TE: Tensor, num_groups: int, num_chosen_groups: 
     return members.masked_fill(~kept[:, :, None], -torch.inf).flatten(1)
 
 
-def mix_experts(input_TZ: Tensor, experts_TX: Tensor, weights_TX: Tensor, up_EFZ: Tensor, down_EZF: Tensor) -> Tensor:
+def mix_experts(input_TZ: Tensor, experts_TX: Tensor, weights_TX: Tensor, up: Weight, down: Weight) -> Tensor:
     """Return the weighted sum over each token's experts of down(relu(up(input)) ** 2).
 
     Tokens are grouped by expert, so each chosen expert's weights are read once; each token sums its X results in the
     order of the choice, so the sum does not depend on the other tokens.
 
-    Shapes: Z is the width that experts read and write (the latent width, or D); the result is [T, Z].
+    Shapes: up [E, F, Z], down [E, Z, F]; Z is the width that experts read and write (the latent width, or D); the
+        result is [T, Z].
     Precision: the weighted sum is float32, cast once at the end.
     """
     num_chosen = experts_TX.shape[1]
     order = experts_TX.flatten().argsort(stable=True)
-    counts = experts_TX.flatten().bincount(minlength=len(up_EFZ)).tolist()
+    counts = experts_TX.flatten().bincount(minlength=up.shape[0]).tolist()
     outputs = []
     for expert, rows in enumerate(order.split(counts)):
         if len(rows):
-            up_SF = linear(input_TZ[rows // num_chosen], up_EFZ[expert])
-            outputs.append(linear(relu(up_SF).square(), down_EZF[expert]))
+            up_SF = linear(input_TZ[rows // num_chosen], matrix_at(up, expert))
+            outputs.append(linear(relu(up_SF).square(), matrix_at(down, expert)))
     sorted_SZ = torch.cat(outputs)
     results_TXZ = torch.empty_like(sorted_SZ).index_copy(0, order, sorted_SZ).unflatten(0, experts_TX.shape)
     return (results_TXZ.float() * weights_TX[:, :, None]).sum(dim=1).to(input_TZ.dtype)

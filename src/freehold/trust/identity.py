@@ -13,7 +13,7 @@ class Identity:
     """SHA-256 digests (hex) of what decides an answer, and the kernels that compute it.
 
     weights: of the weight file, or of the list of its shards' digests. config: of the settings that say how the
-    weights are used. tokenizer, template: None where there is none. dtype: what the weights were loaded in.
+    weights are used. tokenizer, template, adapter: None where there is none. dtype: what the weights were loaded in.
     kernels: version and form, as in "0.1.0 avx512".
     """
 
@@ -23,6 +23,7 @@ class Identity:
     template: str | None
     dtype: str
     kernels: str
+    adapter: str | None = None
 
 
 def digest_files(files: Sequence[Path]) -> str:

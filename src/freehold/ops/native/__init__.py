@@ -57,6 +57,16 @@ def is_native(tensor: Tensor) -> bool:
     return tensor.is_cpu and tensor.dtype in (torch.float32, torch.bfloat16) and tensor.is_contiguous()
 
 
+def keeps_rows_apart(tensor: Tensor) -> bool:
+    """Return whether an op has to give each row the bits that it has alone, as the kernels do.
+
+    A function of torch may not: where there are more rows it sums in another order, or rounds otherwise at the end of
+    its vectors. It is then called for each row. While a gradient is recorded it is called once: the forward that counts
+    is the one without (ops/gradient.py).
+    """
+    return tensor.is_cpu and kernels() is not None and not torch.is_grad_enabled()
+
+
 class Batch:
     """How packed tokens divide into sequences, as the kernels read it; `models.layout.Layout` in 32-bit integers."""
 

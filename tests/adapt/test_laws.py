@@ -1,0 +1,49 @@
+"""The laws with an adapter that is not merged: prefill = decode, company, and train = serve, bit for bit."""
+
+import pytest
+import torch
+
+from adapt.adapters import adapt
+from freehold.evaluate.laws import check_laws
+from laws.test_train_serve import served, trained
+from models.forms import FORMS, needs_kernels, on_threads, running, same_bits
+from models.packing import PACKED_LLAMA, PACKED_NEMOTRON, pack_decoder
+from models.tiny import CONFIGS, saved_names, tiny_decoder
+
+pytestmark = needs_kernels
+
+DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.bfloat16, id="bfloat16")]
+NAMES = ["llama", "llama-llama3", "qwen-tied", "nemotron", "nemotron-latent", "nemotron-router-groups"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_laws_hold_with_an_adapter_and_no_bit_is_off(name, dtype):
+    decoder = adapt(tiny_decoder(CONFIGS[name], dtype=dtype))
+    findings = list(check_laws(decoder, saved_names(decoder, CONFIGS[name]), seed=1))
+    assert [finding for finding in findings if not finding.holds] == []
+    assert {finding.measured for finding in findings if finding.law in ("company", "prefill = decode")} == {0.0}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_trains_on_the_bits_that_it_serves(name, dtype):
+    decoder = adapt(tiny_decoder(CONFIGS[name], dtype=dtype))
+    expected_TD, expected_TV = served(decoder)
+    for form in FORMS:
+        with running(form), on_threads(3):
+            found_TD, found_TV = trained(decoder)
+        assert found_TV.requires_grad
+        assert same_bits(found_TD.detach(), expected_TD), form
+        assert same_bits(found_TV.detach(), expected_TV), form
+
+
+@pytest.mark.parametrize(
+    ("config", "format"), [(PACKED_LLAMA, "Q8_0"), (PACKED_NEMOTRON, "Q4_0")], ids=["llama-Q8_0", "nemotron-Q4_0"]
+)
+def test_an_adapter_on_packed_weights_trains_on_the_bits_that_it_serves(config, format):
+    decoder = adapt(pack_decoder(tiny_decoder(config), format))
+    expected_TD, _ = served(decoder)
+    found_TD, _ = trained(decoder)
+    assert found_TD.requires_grad
+    assert same_bits(found_TD.detach(), expected_TD)
