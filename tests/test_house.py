@@ -160,7 +160,7 @@ def test_public_functions_take_named_arguments_only():
 def test_dependencies_are_what_is_imported():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]
-    written = [*project["dependencies"], *optional["hub"], *optional["parquet"]]
+    written = [*project["dependencies"], *optional["hub"], *optional["parquet"], *optional["tensorboard"]]
     declared = {plain(re.split(r"[<>=!~\[; ]", requirement)[0]) for requirement in written}
     distributions = importlib.metadata.packages_distributions()
     top = {name.split(".")[0] for _, name in imports()} - set(sys.stdlib_module_names) - {"freehold"}

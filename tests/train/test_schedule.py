@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 
+from freehold.errors import BadInput
 from freehold.train.schedule import BILLION, NEMOTRON_3, Schedule, cosine, linear
 
 WSD = Schedule(peak=1.0, end=0.1, warmup=10, decay=20, total=100)
@@ -69,7 +70,12 @@ def test_published_schedules_have_their_published_points():
     assert NEMOTRON_3["ultra"].at(20_000 * BILLION) == pytest.approx(2.5e-6)
 
 
-@pytest.mark.parametrize("wrong", [{"warmup": 90}, {"decay": 95}, {"peak": -1.0}])
-def test_parts_that_do_not_fit_are_a_bug(wrong):
-    with pytest.raises(AssertionError):
+@pytest.mark.parametrize("wrong", [{"warmup": 90}, {"decay": 95}])
+def test_parts_that_do_not_fit_are_refused(wrong):
+    with pytest.raises(BadInput, match="a schedule of 100 is too short"):
         Schedule(**({"peak": 1.0, "end": 0.1, "warmup": 10, "decay": 20, "total": 100} | wrong))
+
+
+def test_a_negative_rate_is_a_bug():
+    with pytest.raises(AssertionError):
+        Schedule(peak=-1.0, total=100)

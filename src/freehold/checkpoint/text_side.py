@@ -49,21 +49,30 @@ def load_text_side(source: Source, described: Described) -> TextSide:
 
     Raises: BadFile, UnsupportedModel where a tokenizer is there and cannot be used.
     """
-    if source.kind == "gguf":
-        has_tokenizer = any(key.startswith("tokenizer.ggml.") for key in source.metadata)
-        tokenizer = Tokenizer.from_gguf(source.metadata) if has_tokenizer else None
-        template, files = source.metadata.get("tokenizer.chat_template"), tuple[Path, ...]()
-    else:
-        files = tuple(source.folder / name for name in TEXT_FILES if (source.folder / name).is_file())
-        has_tokenizer = (source.folder / "tokenizer.json").is_file()
-        tokenizer = Tokenizer.from_files(source.folder) if has_tokenizer else None
-        template = _template_of(source.folder)
+    if source.kind != "gguf":
+        return text_side_of_folder(source.folder, described.family.name)
+    has_tokenizer = any(key.startswith("tokenizer.ggml.") for key in source.metadata)
+    tokenizer = Tokenizer.from_gguf(source.metadata) if has_tokenizer else None
+    return _text_side(tokenizer, source.metadata.get("tokenizer.chat_template"), described.family.name, files=())
+
+
+def text_side_of_folder(folder: Path, family: str) -> TextSide:
+    """Return the text side of a Hugging Face folder, which needs no weights, for a model of a family.
+
+    Raises: BadFile, UnsupportedModel where a tokenizer is there and cannot be used.
+    """
+    files = tuple(folder / name for name in TEXT_FILES if (folder / name).is_file())
+    tokenizer = Tokenizer.from_files(folder) if (folder / "tokenizer.json").is_file() else None
+    return _text_side(tokenizer, _template_of(folder), family, files=files)
+
+
+def _text_side(tokenizer: Tokenizer | None, template: Any, family: str, *, files: tuple[Path, ...]) -> TextSide:
     if template is not None and not isinstance(template, str):
         raise BadFile("the chat template is no text")
     return TextSide(
         tokenizer=tokenizer,
         template=_chat_template(template, tokenizer) if template else None,
-        dialect=dialect_for(described.family.name, template),
+        dialect=dialect_for(family, template),
         files=files,
     )
 

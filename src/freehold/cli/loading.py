@@ -40,10 +40,13 @@ def load_tokenizer(name: str) -> "tuple[Tokenizer, ChatTemplate | None]":
     path = find(name, Settings().models_dir)
     with waiting("Starting"):
         from freehold.checkpoint.load import open_described
-        from freehold.checkpoint.text_side import load_text_side
-    source, described = open_described(path)
-    with source:
-        text = load_text_side(source, described)
+        from freehold.checkpoint.text_side import load_text_side, text_side_of_folder
+    if (path / "tokenizer.json").is_file():  # data for a model that is yet to be made needs no weights
+        text = text_side_of_folder(path, "llama")  # a family decides how answers are read, which is not asked here
+    else:
+        source, described = open_described(path)
+        with source:
+            text = load_text_side(source, described)
     if text.tokenizer is None:
         raise NotFound(f"{path.name} has no tokenizer", hint="take tokenizer.json from the model's own repository")
     return text.tokenizer, text.template

@@ -27,6 +27,7 @@ from freehold.cli.report import exit_code_of
 from freehold.cli.run import run
 from freehold.cli.serve import serve
 from freehold.cli.terminal import show_line
+from freehold.cli.train import app as train
 
 TERMINATED = 128 + signal.SIGTERM
 
@@ -41,6 +42,7 @@ for command in (run, chat, serve, fetch, inspect, convert, merge, pack, check, b
     app.command()(command)
 app.add_typer(keys)
 app.add_typer(data)
+app.add_typer(train)
 
 
 @app.callback(invoke_without_command=True)

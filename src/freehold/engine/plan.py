@@ -167,12 +167,12 @@ def contexts_up_to(max_positions: int) -> list[int]:
 def step_bytes(spec: DecoderSpec, *, num_sequences: int, budget_tokens: int) -> int:
     """Return what a step works on where the kernels run, at most: its tokens on their way through the widest block, and
     logits of all sequences and of a prompt that is scored."""
-    widest = max(_inner_width(block, spec.width) for block in spec.blocks)
+    widest = max(inner_width(block, spec.width) for block in spec.blocks)
     num_rows = num_sequences + SCORED_ROWS
     return 4 * COPIES_IN_STEP * (budget_tokens * (spec.width + widest) + num_rows * spec.vocab_size)
 
 
-def _inner_width(block: BlockSpec, width: int) -> int:
+def inner_width(block: BlockSpec, width: int) -> int:
     """Return how many values a token has within a block."""
     match block:
         case AttentionSpec():

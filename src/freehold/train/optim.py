@@ -63,7 +63,7 @@ class Optimizer:
             if self._masters[name] is not parameter:
                 hook = parameter.register_post_accumulate_grad_hook(_collector(self._masters[name]))
                 weakref.finalize(self, hook.remove)  # the decoder may be trained by another later
-        by_muon = _matrix_names(decoder) if settings.matrices == "muon" else frozenset()
+        by_muon = matrix_names(decoder) if settings.matrices == "muon" else frozenset()
         self._parts = {name: _parts(name, m, apart=name in by_muon) for name, m in self._masters.items()}
         self._optimizers = _optimizers(self._parts, by_muon, settings)
 
@@ -140,7 +140,7 @@ def _collector(master: Tensor) -> Callable[[Tensor], None]:
     return collect
 
 
-def _matrix_names(decoder: Decoder) -> frozenset[str]:
+def matrix_names(decoder: Decoder) -> frozenset[str]:
     """Return the names of the matrices of blocks: what maps hidden vectors to hidden vectors, routers left out."""
     names = set[str]()
     for path, module in decoder.named_modules():

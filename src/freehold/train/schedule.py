@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from freehold.errors import BadInput
+
 Shape = Literal["linear", "cosine", "minus_sqrt"]
 
 
@@ -35,7 +37,10 @@ class Schedule:
 
     def __post_init__(self) -> None:
         assert min(self.peak, self.end, self.warmup, self.decay) >= 0, f"nothing of {self} is negative"
-        assert self.warmup + self.decay <= self.total, f"{self}: its parts are longer than the run"
+        if self.warmup + self.decay > self.total:
+            raise BadInput(
+                f"a schedule of {self.total:,} is too short for {self.warmup:,} of warm-up and {self.decay:,} of decay"
+            )
 
     def at(self, done: int) -> float:
         """Return the rate of the step with whose end `done` steps, or tokens, will be done.

@@ -1,6 +1,6 @@
 """Everything that a run is between two steps, on disk: saved whole or not at all, taken up again bit for bit.
 
-    RUN/step-00000012/   weights.safetensors   the decoder's parameters, by its own names
+    RUN/step-00000012/   weights.safetensors   the parameters that steps move, by the decoder's own names
                          state.safetensors     the optimizer's state, and torch's random numbers
                          run.json              the step, tokens so far, where the data goes on, the config
                          SHA256SUMS            of the three, as `sha256sum -c` reads it
@@ -108,7 +108,16 @@ def resume_run(folder: Path, run: Run) -> tuple[str, ...]:
 
 
 def _weights(run: Run) -> dict[str, Tensor]:
-    return {name: parameter.detach().contiguous() for name, parameter in run.decoder.named_parameters()}
+    return {name: parameter.detach().contiguous() for name, parameter in _moved(run.decoder).items()}
+
+
+def _moved(decoder: Decoder) -> dict[str, Tensor]:
+    """Return the parameters that steps move: those that ask for a gradient, and the corrections of routers."""
+    return {
+        name: parameter
+        for name, parameter in decoder.named_parameters()
+        if parameter.requires_grad or name.endswith("e_score_correction_bias")
+    }
 
 
 def _state(run: Run) -> dict[str, Tensor]:
@@ -132,7 +141,7 @@ def _record(run: Run) -> bytes:
 def _load(path: Path, run: Run) -> None:
     record = parse_json_object((path / RECORD).read_bytes(), file=f"{path.name}/{RECORD}")
     _check_config(record["config"], run.config)
-    _fill(dict(run.decoder.named_parameters()), _read(path / WEIGHTS))
+    _fill(_moved(run.decoder), _read(path / WEIGHTS))
     state = _read(path / STATE)
     of_optimizer = {name: tensor for name, tensor in state.items() if name.startswith("optimizer/")}
     run.optimizer.load_tensors({name.removeprefix("optimizer/"): tensor for name, tensor in of_optimizer.items()})

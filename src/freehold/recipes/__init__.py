@@ -1,0 +1,1 @@
+"""Recipes: whole trainings as plain functions, `freehold.recipes.sft.run` and its siblings."""

@@ -1,0 +1,81 @@
+"""The data sets of a run, opened and checked: what is trained on as a stream, what is held out, whose text they are.
+
+Not here: order and packing (train/order.py, train/packing.py); losses.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from freehold.errors import BadInput
+from freehold.models.decoder import Decoder
+from freehold.ops.loss import linear_cross_entropy
+from freehold.recipes.settings import DataSettings
+from freehold.text.chat import ChatTemplate
+from freehold.text.tokenizer import Tokenizer
+from freehold.train.dataset import Dataset, Sequences
+from freehold.train.order import Order, Source
+from freehold.train.packing import Stream
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streams:
+    """What is trained on, without end; and what is held out, one pass of it."""
+
+    train: Stream
+    held_out: Stream | None
+
+
+def open_streams(
+    settings: DataSettings, *, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int, note: Note
+) -> Streams:
+    """Return the streams of a run whose model has this text side.
+
+    note: told of what is cut or left out.
+    Raises: BadInput for data of another model, and where nothing of it is trained on.
+    """
+
+    def stream(folders: Sequence[Path], weights: Sequence[float | None], order_seed: int | None) -> Stream:
+        sources = []
+        for folder, weight in zip(folders, weights, strict=True):
+            dataset = Dataset(folder)
+            dataset.check_model(tokenizer, template)
+            sequences = Sequences(dataset, settings.sequence_tokens)
+            if sequences.num_cut or sequences.num_left_out:
+                note(
+                    f"{folder.name}: at {settings.sequence_tokens:,} tokens {sequences.num_cut:,} conversations are "
+                    f"cut and {sequences.num_left_out:,} left out, whose first answer comes later"
+                )
+            sources.append(Source(name=folder.name, sequences=sequences, weight=weight))
+        return Stream(Order(sources, seed=order_seed), budget_tokens=settings.budget_tokens)
+
+    if both := set(settings.train) & set(settings.held_out):
+        raise BadInput(f"{both.pop()} is trained on and held out", hint="what is trained on measures nothing")
+    weights = settings.weights or (None,) * len(settings.train)
+    held_out = settings.held_out
+    return Streams(
+        train=stream(settings.train, weights, seed if settings.shuffled else None),
+        held_out=stream(held_out, (None,) * len(held_out), None) if held_out else None,
+    )
+
+
+@torch.no_grad()
+def held_out_loss(decoder: Decoder, stream: Stream) -> float:
+    """Return the mean negative log-likelihood of the supervised tokens of one pass over a stream, nats."""
+    total, num_supervised = 0.0, 0
+    head = decoder.lm_head.weight
+    if isinstance(head, Tensor):
+        head = head.detach()  # no gradient of it is wanted
+    for pack in stream.one_pass():
+        batch = stream.batch(pack, decoder.device)
+        hidden_TD = decoder(batch.tokens_T, batch.layout)
+        loss, count = linear_cross_entropy(hidden_TD, head, batch.labels_T)
+        total, num_supervised = total + float(loss), num_supervised + count
+    if not num_supervised:
+        raise BadInput("nothing in the held-out data is trained on in sequences of this length")
+    return total / num_supervised
