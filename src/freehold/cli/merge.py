@@ -76,9 +76,13 @@ def merge(
         show_json({"folder": str(out), "dtype": dtype_name(chosen), "rounding": lost, "nats_per_token": losses_named})
         return
     show_line(f"{out}: {dtype_name(chosen)}, {bytes_text(sum(file.stat().st_size for file in out.iterdir()))}")
+    _show_losses(lost, losses)
+
+
+def _show_losses(lost: float, losses: list[float]) -> None:
     show_line(f"  rounding took {lost:.1%} of what the adapter adds")
-    if text:
-        show_line(f"  {text.name}: {losses[0]:.4f} nats per token unmerged, {losses[1]:.4f} merged")
+    if losses:
+        show_line(f"  {losses[0]:.4f} nats per token unmerged, {losses[1]:.4f} merged")
 
 
 def _read(text: Path) -> str:
