@@ -18,9 +18,7 @@ BODIES = {
             },
             {"role": "tool", "tool_call_id": "t", "content": "x"},
         ],
-        "tools": [
-            {"type": "function", "function": {"name": "f", "description": "x", "parameters": {}}}
-        ],
+        "tools": [{"type": "function", "function": {"name": "f", "description": "x", "parameters": {}}}],
         "tool_choice": "auto",
         "stop": ["x"],
         "metadata": {"a": "b"},
