@@ -139,8 +139,8 @@ def packed_bytes(format: str, shape: tuple[int, ...]) -> int:
 
 
 def large_bytes(num_bytes: int) -> Tensor:
-    """Return uninitialised uint8 memory for weights: they are read in full for every token, and small pages cost a tenth
-    of that, so it is in large pages where the system gives them, on all memory nodes in turn."""
+    """Return uninitialised uint8 memory for weights, in large pages where the system gives them, on all memory nodes in
+    turn: weights are read in full for every token, and small pages cost a tenth of that."""
     memory = torch.empty(num_bytes, dtype=torch.uint8)
     extension().place_weights(memory.data_ptr(), num_bytes)
     return memory
