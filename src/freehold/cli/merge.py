@@ -53,13 +53,12 @@ def merge(
         from freehold.checkpoint.save import check_is_free
         from freehold.engine.adapter import save_merged
     check_is_free(out)
-    content = _read(text) if text else ""
+    content = _read(text)
     loaded = load_model(model, adapter=adapter, device="cpu", dtype=None, threads=threads)
     stored = plain_dtype(loaded.described)
     chosen = parse_dtype(options.DTYPE_NAMES[dtype] if dtype else dtype_name(stored) if stored else "bfloat16")
-    if stored is None:
-        show_note(f"note: {model} is quantized: the merged weights are {dtype_name(chosen)}, and take more room")
-    losses = [_nats(loaded, content)] if text else []
+    _note_quantized(model, stored is None, dtype_name(chosen))
+    losses = _nats(loaded, content)
     with bytes_bar("Merging") as progress:
         lost = save_merged(
             out,
@@ -70,13 +69,18 @@ def merge(
             write_text_files=loaded.text.write_files,
             progress=progress,
         )
-    losses += [_nats(loaded, content)] if text else []
+    losses += _nats(loaded, content)
     if as_json:
-        losses_named = dict(zip(("unmerged", "merged"), losses, strict=True)) if text else None
-        show_json({"folder": str(out), "dtype": dtype_name(chosen), "rounding": lost, "nats_per_token": losses_named})
+        named = dict(zip(("unmerged", "merged"), losses, strict=False)) or None
+        show_json({"folder": str(out), "dtype": dtype_name(chosen), "rounding": lost, "nats_per_token": named})
         return
     show_line(f"{out}: {dtype_name(chosen)}, {bytes_text(sum(file.stat().st_size for file in out.iterdir()))}")
     _show_losses(lost, losses)
+
+
+def _note_quantized(model: str, is_quantized: bool, dtype: str) -> None:
+    if is_quantized:
+        show_note(f"note: {model} is quantized: the merged weights are {dtype}, and take more room")
 
 
 def _show_losses(lost: float, losses: list[float]) -> None:
@@ -85,7 +89,9 @@ def _show_losses(lost: float, losses: list[float]) -> None:
         show_line(f"  {losses[0]:.4f} nats per token unmerged, {losses[1]:.4f} merged")
 
 
-def _read(text: Path) -> str:
+def _read(text: Path | None) -> str:
+    if text is None:
+        return ""
     try:
         return text.read_text(encoding="utf-8")
     except UnicodeError:
@@ -94,7 +100,9 @@ def _read(text: Path) -> str:
         raise BadInput(f"{text.name} cannot be read: {error.strerror}") from None
 
 
-def _nats(loaded: "Model", text: str) -> float:
+def _nats(loaded: "Model", text: str) -> list[float]:
+    if not text:
+        return []
     from freehold.evaluate.perplexity import nats_per_token
 
     window = min(512, loaded.decoder.spec.max_positions)
@@ -102,4 +110,4 @@ def _nats(loaded: "Model", text: str) -> float:
     if len(tokens) < window:
         raise BadInput(f"the text has {len(tokens)} tokens, a loss wants {window}", hint="take a longer text")
     with waiting("Measuring the loss"):
-        return nats_per_token(loaded.decoder, tokens, window=window)
+        return [nats_per_token(loaded.decoder, tokens, window=window)]
