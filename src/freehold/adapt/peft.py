@@ -70,7 +70,7 @@ def adapter_tensors(decoder: Decoder, family: Family) -> dict[str, Tensor]:
     """Return the tensors of a decoder's adapter by PEFT's names, sorted."""
     weights = dict(adapted(decoder))
     modules = _modules(decoder, family, {_PREFIX + "model."})
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, weight in weights.items():
         a, b = weight.a.detach(), weight.b.detach()
         parts = zip(a, b, strict=True) if a.ndim == 3 else [(a, b)]
