@@ -11,6 +11,8 @@ from freehold.errors import NotFound
 from freehold.settings import Settings
 
 if TYPE_CHECKING:
+    from freehold.checkpoint.load import Described
+    from freehold.checkpoint.source import Source
     from freehold.engine.model import Model
     from freehold.text.chat import ChatTemplate
     from freehold.text.tokenizer import Tokenizer
@@ -20,16 +22,39 @@ def load_model(
     name: str, *, device: str, dtype: Dtype | None, threads: int | None, adapter: Path | None = None
 ) -> "Model":
     """Return the model of a path or name, ready to run. What loading had to say is told."""
+    source, described = open_model(name)
+    with source:
+        return load_opened_model(source, described, device=device, dtype=dtype, threads=threads, adapter=adapter)
+
+
+def open_model(name: str) -> "tuple[Source, Described]":
+    """Return the open checkpoint of a path or name, and what its headers say. The source has to be closed."""
     path = find(name, Settings().models_dir)  # before torch: a name that is not known should not take seconds
+    with waiting("Starting"):
+        from freehold.checkpoint.load import open_described
+
+        return open_described(path)
+
+
+def load_opened_model(
+    source: "Source",
+    described: "Described",
+    *,
+    device: str,
+    dtype: Dtype | None,
+    threads: int | None,
+    adapter: Path | None = None,
+) -> "Model":
+    """Return what `load_model` returns, of a checkpoint that has been opened."""
     with waiting("Starting"):
         import torch
 
         from freehold.engine.machine import usable_threads
-        from freehold.engine.model import load
+        from freehold.engine.model import load_opened
     torch.set_num_threads(threads or min(torch.get_num_threads(), usable_threads()))
-    with bytes_bar(f"Loading {path.name}") as progress:
+    with bytes_bar(f"Loading {source.files[0].name}") as progress:
         chosen = DTYPE_NAMES[dtype] if dtype else None
-        model = load(path, device=device, dtype=chosen, adapter=adapter, progress=progress)
+        model = load_opened(source, described, device=device, dtype=chosen, adapter=adapter, progress=progress)
     for note in model.report.notes:
         show_note(f"note: {note}")
     return model

@@ -3,7 +3,8 @@
 import asyncio
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,7 +12,7 @@ import typer
 
 from freehold.cli import options
 from freehold.cli.keys import DatabaseUrl
-from freehold.cli.loading import load_model
+from freehold.cli.loading import load_opened_model, open_model
 from freehold.cli.numbers import bytes_text
 from freehold.cli.progress import waiting
 from freehold.cli.terminal import show_line, show_note
@@ -19,6 +20,7 @@ from freehold.errors import BadInput
 from freehold.settings import Settings
 
 if TYPE_CHECKING:
+    from freehold.checkpoint.load import Described
     from freehold.engine.model import Model
     from freehold.engine.plan import ServingPlan
     from freehold.serve.keys import Keys
@@ -81,20 +83,18 @@ def serve(
       freehold serve model.gguf --host 0.0.0.0 --port 8080 --max-sequences 16
       freehold serve model.gguf --name ours --alias gpt-4o-mini --alias claude-haiku
     """
+    plan_of = partial(
+        _plan,
+        adapter=adapter,
+        dtype=dtype,
+        max_sequences=max_sequences,
+        context=context,
+        memory=memory,
+        kv_dtype=kv_dtype,
+        budget_tokens=budget_tokens,
+    )
     with _listen(host, port) as listening:
-        with waiting("Starting"):
-            plan = _plan(
-                model,
-                adapter=adapter,
-                dtype=dtype,
-                max_sequences=max_sequences,
-                context=context,
-                memory=memory,
-                kv_dtype=kv_dtype,
-                budget_tokens=budget_tokens,
-            )
-        _show_plan(plan)
-        loaded = load_model(model, adapter=adapter, device="cpu", dtype=dtype, threads=threads)
+        loaded, plan = _load(model, plan_of, adapter=adapter, dtype=dtype, threads=threads)
         keys_url = (database or Settings().database_url) if require_keys or not _is_loopback(host) else None
         names = (name or _name_of(model), *(alias or ()))
         asyncio.run(_serve(loaded, plan, listening, names=names, keys_url=keys_url, drain_s=drain, log=log))
@@ -121,8 +121,24 @@ def _name_of(model: str) -> str:
     return Path(model).stem if model.endswith((".gguf", ".safetensors")) else Path(model).name
 
 
-def _plan(
+def _load(
     model: str,
+    plan_of: "Callable[[Described], ServingPlan]",
+    *,
+    adapter: Path | None,
+    dtype: options.Dtype | None,
+    threads: int | None,
+) -> "tuple[Model, ServingPlan]":
+    """Return a model and its plan, which is shown before any weight is read."""
+    source, described = open_model(model)
+    with source:
+        plan = plan_of(described)
+        _show_plan(plan)
+        return load_opened_model(source, described, device="cpu", dtype=dtype, threads=threads, adapter=adapter), plan
+
+
+def _plan(
+    described: "Described",
     *,
     adapter: Path | None,
     dtype: options.Dtype | None,
@@ -136,14 +152,11 @@ def _plan(
     import torch
 
     from freehold.checkpoint.dtypes import parse_dtype
-    from freehold.checkpoint.fetch import find
-    from freehold.checkpoint.load import default_dtype, open_described
+    from freehold.checkpoint.load import default_dtype
     from freehold.engine.adapter import adapter_bytes
     from freehold.engine.machine import main_memory
     from freehold.engine.plan import need_as_stored, need_of, serving_plan
 
-    source, described = open_described(find(model, Settings().models_dir))
-    source.close()
     chosen = parse_dtype(options.DTYPE_NAMES[dtype]) if dtype else default_dtype(described, torch.device("cpu"))
     need = (None if dtype else need_as_stored(described)) or need_of(described.spec, chosen)
     return serving_plan(

@@ -14,7 +14,7 @@ from freehold import __version__
 from freehold.checkpoint.dtypes import dtype_name, parse_dtype
 from freehold.checkpoint.fetch import find
 from freehold.checkpoint.load import Described, LoadReport, default_dtype, load_decoder, open_described
-from freehold.checkpoint.source import open_adapter
+from freehold.checkpoint.source import Source, open_adapter
 from freehold.checkpoint.text_side import TextSide, load_text_side
 from freehold.engine.adapter import load_adapter
 from freehold.engine.generate import check_prompt, generate
@@ -234,23 +234,34 @@ def load(
     progress: called with bytes loaded so far and bytes in all.
     Raises: BadInput and its kinds, each with one clear line.
     """
-    if adapter is not None:
-        open_adapter(Path(adapter)).close()  # its headers before minutes of loading
     source, described = open_described(find(str(model), Settings().models_dir))
     with source:
-        target = parse_device(device)
-        text = load_text_side(source, described)
-        chosen = parse_dtype(dtype) if dtype else default_dtype(described, target)
-        free = memory_of(target).available_bytes
-        decoder, report = load_decoder(
-            source,
-            described,
-            dtype=chosen,
-            device=target,
-            keep_packed=dtype is None and target.type == "cpu" and kernels() is not None,
-            memory_bytes=free,
-            progress=progress,
-        )
+        return load_opened(source, described, device=device, dtype=dtype, adapter=adapter, progress=progress)
+
+
+def load_opened(
+    source: Source,
+    described: Described,
+    *,
+    device: str,
+    dtype: str | None,
+    adapter: str | Path | None,
+    progress: Callable[[int, int], None],
+) -> Model:
+    """Return what `load` returns, of a checkpoint that has been opened; whoever opened it closes it."""
+    if adapter is not None:
+        open_adapter(Path(adapter)).close()  # its headers before minutes of loading
+    target = parse_device(device)
+    text = load_text_side(source, described)
+    decoder, report = load_decoder(
+        source,
+        described,
+        dtype=parse_dtype(dtype) if dtype else default_dtype(described, target),
+        device=target,
+        keep_packed=dtype is None and target.type == "cpu" and kernels() is not None,
+        memory_bytes=memory_of(target).available_bytes,
+        progress=progress,
+    )
     if adapter is None:
         return Model(decoder, described, text=text, report=report, files=source.files)
     found = load_adapter(
