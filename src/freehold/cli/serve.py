@@ -81,7 +81,7 @@ def serve(
     \b
       freehold serve smollm2-135m-instruct
       freehold serve model.gguf --host 0.0.0.0 --port 8080 --max-sequences 16
-      freehold serve model.gguf --name ours --alias gpt-4o-mini --alias claude-haiku
+      freehold serve model.gguf --name ours --alias gpt-4o-mini
     """
     plan_of = partial(
         _plan,

@@ -24,7 +24,7 @@ from freehold.errors import BadRequest
 from freehold.text.tokenizer import Tokenizer
 
 WORKER = Path(__file__).with_name("grammar_worker.py")
-# Agents send the same tools again and again: so many compiled grammars are kept, each of a few megabytes at most.
+# Programs send the same tools again and again: so many compiled grammars are kept, each of a few megabytes at most.
 MAX_KEPT = 32
 # Of a grammar, and of one step of it. They count and do not time, so what is refused is refused on every machine.
 LIMITS: dict[str, Any] = {
