@@ -22,7 +22,7 @@ SERVE = "--memory 0.69 --max-sequences 16 --threads 1 --log quiet"
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="what a process has is read as Linux says it")
 def test_nothing_fails_and_nothing_is_left_after_a_load(tmp_path):
     folder, seen = write_folder(tmp_path / "hybrid", HYBRID), tmp_path / "seen.json"
-    options = ("--seconds", "12", "--streams", "24", "--prompt-chars", "400", "--answer-tokens", "24")
+    options = ("--seconds", "12", "--streams", "24", "--prompt-chars", "700", "--answer-tokens", "96")
     command = (sys.executable, str(LOAD), str(folder), *options, "--serve", SERVE, "--json", str(seen))
     done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

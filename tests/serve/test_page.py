@@ -73,17 +73,18 @@ def fail_once(page: Page, status: int, body: str) -> None:
 
 
 def test_a_real_model_answers_and_a_reload_keeps_the_conversation(browser):
+    question = "Tell me about Paris."  # long enough an answer to have a rate
     with running_server(smollm2_gguf()) as url, opened(browser, url) as page:
         page.get_by_role("button", name="Settings", exact=True).click()
         page.get_by_label("System prompt").fill("Be brief.")
         page.get_by_label("Temperature").fill("0")
-        page.get_by_label("Longest answer").fill("24")
+        page.get_by_label("Longest answer").fill("160")
         page.keyboard.press("Escape")
         with page.expect_request("**/v1/chat/completions") as asked:
-            send(page, "What is the capital of France?")
+            send(page, question)
         body = asked.value.post_data_json
         assert body["messages"][0] == {"role": "system", "content": "Be brief."}
-        assert (body["temperature"], body["max_tokens"], body["stream"]) == (0, 24, True)
+        assert (body["temperature"], body["max_tokens"], body["stream"]) == (0, 160, True)
         wait_for_answer(page)
         (first,) = answers_of(page)
         assert "Paris" in first
@@ -94,7 +95,7 @@ def test_a_real_model_answers_and_a_reload_keeps_the_conversation(browser):
         expect(page.get_by_role("group", name="Versions")).to_contain_text("2/2")
         page.reload()
         assert answers_of(page) == [first]
-        expect(page.get_by_role("heading", level=1)).to_have_text("What is the capital of France?")
+        expect(page.get_by_role("heading", level=1)).to_have_text(question)
 
 
 def test_the_empty_page_says_what_it_is_and_an_example_begins_a_conversation(page):

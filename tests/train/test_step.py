@@ -30,9 +30,9 @@ KINDS = {
 }
 ALL = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 
-# Sums of the same terms in another order, seen through the scan's decays, which are small sums of large terms: 3e-6 at
-# most, where a parameter is eight numbers.
-TOLERANCE = 1e-5
+# Sums of the same terms in another order, seen through the scan's decays, which are small sums of large terms: at most
+# 1.5e-5, where a parameter is eight numbers whose gradients are a thousandth of the others'; 3e-7 elsewhere.
+TOLERANCE = 3e-5
 # Weights with which an error in any part would show.
 HEAVY = Objective(mtp_weight=1.0, balance_weight=0.1, max_gradient_norm=inf)
 

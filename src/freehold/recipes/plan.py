@@ -21,7 +21,7 @@ from freehold.train.balance import all_blocks
 from freehold.train.optim import matrix_names, train_all
 
 # The interpreter with torch and what it has of files.
-PROGRAM_BYTES = 450 << 20
+PROGRAM_BYTES = 500 << 20
 # What a block keeps for its gradient of each value that a token has within it, and what backward adds to that.
 COPIES_KEPT = 3
 COPIES_IN_BACKWARD = 6
