@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := smollm2-135m-instruct
+PYTEST_ARGS ?= -n 2 --dist worksteal
 BUILT_FROM := pyproject.toml requirements.lock CMakeLists.txt $(wildcard native/*)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c requirements.lock
 
