@@ -114,15 +114,6 @@ def test_what_was_trained_is_served(folder):
     assert process.returncode == 0
 
 
-def test_a_plan_says_each_line_and_trains_nothing(folder):
-    file = write_run(folder, "planned")
-    ended = call("train", "pretrain", file, "--plan")
-    assert ended.code == 0, ended
-    for line in ("weights", "gradients", "moments", "activations", "loss", "at its peak", "are free"):
-        assert line in ended.out
-    assert not (folder / "planned").exists()
-
-
 def test_a_change_on_the_command_line_wins(folder):
     file = write_run(folder, "changed")
     ended = call("train", "pretrain", file, "--set", "schedule.total=2", "--set", f"out={folder / 'other'}")
@@ -131,7 +122,10 @@ def test_a_change_on_the_command_line_wins(folder):
     assert not (folder / "changed").exists()
 
 
-@pytest.mark.parametrize("command", [("sft", "--example"), ("pretrain", "--preset", "nemotron-3-super")], ids=str)
+COMMANDS = [("sft", "--example"), ("lora", "--example"), ("pretrain", "--preset", "nemotron-3-super")]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
 def test_a_file_to_begin_with_is_printed(command):
     ended = call("train", *command)
     assert ended.code == 0, ended
@@ -142,6 +136,8 @@ def test_a_file_to_begin_with_is_printed(command):
 def test_what_cannot_be_used_is_one_line(folder, tmp_path):
     file = write_run(folder, "wrong")
     assert_refused(call("train", "pretrain"), "BadInput")
+    assert_refused(call("train", "distil"), "BadUsage")
+    assert_refused(call("train", "lora", "--preset", "nemotron-3-nano"), "BadInput")
     assert_refused(call("train", "pretrain", tmp_path / "none.toml"), "NotFound")
     assert_refused(call("train", "pretrain", tmp_path), "BadInput")
     ended = call("train", "pretrain", file, "--set", "schedule.peek=1")

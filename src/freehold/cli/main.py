@@ -23,11 +23,12 @@ from freehold.cli.inspect import inspect
 from freehold.cli.keys import app as keys
 from freehold.cli.merge import merge
 from freehold.cli.pack import pack
+from freehold.cli.plan import plan
 from freehold.cli.report import exit_code_of
 from freehold.cli.run import run
 from freehold.cli.serve import serve
 from freehold.cli.terminal import show_line
-from freehold.cli.train import app as train
+from freehold.cli.train import train
 
 TERMINATED = 128 + signal.SIGTERM
 
@@ -38,11 +39,10 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
 )
-for command in (run, chat, serve, fetch, inspect, convert, merge, pack, check, bench):
+for command in (run, chat, serve, fetch, inspect, convert, merge, pack, plan, train, check, bench):
     app.command()(command)
 app.add_typer(keys)
 app.add_typer(data)
-app.add_typer(train)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,51 +1,46 @@
 """`freehold train`: a run of a recipe, followed line by line, stopped and taken up again."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from freehold.cli.numbers import bytes_text, count_text
+from freehold.cli.numbers import count_text
 from freehold.cli.picture import BarCell, draw_table, write_picture
 from freehold.cli.progress import waiting
-from freehold.cli.terminal import show_line, show_note, show_table
-from freehold.errors import BadInput, NotFound
+from freehold.cli.run_file import RecipeName, Set, read_run
+from freehold.cli.terminal import show_line, show_note
+from freehold.errors import BadInput
 
 if TYPE_CHECKING:
-    from freehold.recipes.loop import Outcome, Watch
     from freehold.recipes.metrics import StepLine
-    from freehold.recipes.plan import RunPlan
+    from freehold.recipes.recipe import Recipe
     from freehold.recipes.settings import TrainSettings
-
-Settings = TypeVar("Settings", bound="TrainSettings")
-
-app = typer.Typer(name="train", rich_markup_mode=None, add_completion=False)
 
 Preset = Literal["nemotron-3-nano", "nemotron-3-super", "nemotron-3-ultra"]
 PICTURE = "loss.svg"
 PICTURE_ROWS = 32
 BAR_COLOR = "#76b900"
 
-File = Annotated[
-    Path | None, typer.Argument(metavar="RUN.toml", help="What to do; --example writes one.", show_default=False)
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change a key of the file; may be given again.", show_default=False
-    ),
-]
-Example = Annotated[bool, typer.Option("--example", help="Print a file with every key and what it means, and end.")]
-ShowPlan = Annotated[bool, typer.Option("--plan", help="Print what the run takes of memory, and end.")]
 
-
-@app.callback(invoke_without_command=True)
-def train(context: typer.Context) -> None:
+def train(
+    recipe: RecipeName,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="RUN.toml", help="What to do; --example writes one.", show_default=False)
+    ] = None,
+    changes: Set = None,
+    example: Annotated[
+        bool, typer.Option("--example", help="Print a file with every key and what it means, and end.")
+    ] = False,
+    preset: Annotated[
+        Preset | None, typer.Option(help="Print the file of a published pre-training, and end.", show_default=False)
+    ] = None,
+) -> int:
     """Train a model on data that `freehold data build` made, and get a checkpoint that run and serve take.
 
     Everything that decides a run stands in one TOML file. Ctrl-C finishes the step, saves and ends; the same command
@@ -56,132 +51,37 @@ def train(context: typer.Context) -> None:
     \b
       freehold train sft --example > run.toml
       freehold train sft run.toml
-    """
-    if context.invoked_subcommand is None:
-        show_line(context.get_help())
-
-
-@app.command()
-def sft(
-    file: File = None,
-    changes: Set = None,
-    example: Example = False,
-    show_plan: ShowPlan = False,
-) -> int:
-    """Fine-tune every weight of a checkpoint on conversations or texts.
-
-    Examples:
-
-    \b
-      freehold train sft --example > run.toml
-      freehold train sft run.toml --plan
       freehold train sft run.toml --set schedule.total=50 --set out=./second
-    """
-    with waiting("Starting"):
-        from freehold.recipes import sft as recipe
-    return _train(recipe.SftSettings, recipe.plan, recipe.run, file, changes, example, show_plan)
-
-
-@app.command()
-def lora(
-    file: File = None,
-    changes: Set = None,
-    example: Example = False,
-    show_plan: ShowPlan = False,
-) -> int:
-    """Train an adapter beside a checkpoint that stays as it is stored, quantized too.
-
-    Examples:
-
-    \b
-      freehold train lora --example > run.toml
-      freehold train lora run.toml
-      freehold run smollm2-135m-instruct "Hello" --adapter ./my-run/adapter
-    """
-    with waiting("Starting"):
-        from freehold.recipes import lora as recipe
-    return _train(recipe.LoraRunSettings, recipe.plan, recipe.run, file, changes, example, show_plan)
-
-
-@app.command()
-def pretrain(
-    file: File = None,
-    changes: Set = None,
-    example: Example = False,
-    preset: Annotated[
-        Preset | None, typer.Option(help="Print the file of a published pre-training, and end.", show_default=False)
-    ] = None,
-    show_plan: ShowPlan = False,
-) -> int:
-    """Train a new model from its first weights on.
-
-    Examples:
-
-    \b
-      freehold train pretrain --example > run.toml
-      freehold train pretrain run.toml
       freehold train pretrain --preset nemotron-3-nano > nano.toml
     """
     with waiting("Starting"):
-        from freehold.recipes import pretrain as recipe
-        from freehold.recipes.toml import write_settings
+        from freehold.recipes.recipe import RECIPES
+        from freehold.recipes.toml import write_example, write_settings
+    chosen = RECIPES[recipe]
     if preset:
-        show_line(write_settings(recipe.presets()[preset]).rstrip())
+        if preset not in chosen.presets():
+            raise BadInput(f"{recipe} has no preset {preset}", hint="pretrain has it")
+        show_line(write_settings(chosen.presets()[preset]).rstrip())
         return 0
-    return _train(recipe.PretrainSettings, recipe.plan, recipe.run, file, changes, example, show_plan)
-
-
-def _train(
-    kind: type[Settings],
-    plan: Callable[[Settings], "RunPlan"],
-    run: "Callable[[Settings, Watch], Outcome]",
-    file: Path | None,
-    changes: list[str] | None,
-    example: bool,
-    show_plan: bool,
-) -> int:
-    """Do what was asked for with a recipe, and return the exit code."""
-    from freehold.recipes.toml import read_settings, write_example
-
     if example:
-        show_line(write_example(kind).rstrip())
+        show_line(write_example(chosen.settings).rstrip())
         return 0
-    settings = read_settings(_text_of(file), kind, changes=changes or ())
-    planned = plan(settings)
-    if show_plan:
-        _show_plan(planned)
-        return 0
-    return _follow(run, settings, planned.operations_per_token)
-
-
-def _text_of(file: Path | None) -> str:
     if file is None:
         raise BadInput("which run? a TOML file is wanted", hint="--example prints one")
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise NotFound(f"there is no file {file}", hint="--example prints one") from None
-    except (UnicodeDecodeError, IsADirectoryError):
-        raise BadInput(f"{file} is no text file") from None
+    return _follow(chosen, read_run(chosen, file, changes))
 
 
-def _show_plan(plan: "RunPlan") -> None:
-    from freehold.engine.machine import main_memory
-
-    rows = [(bytes_text(line.num_bytes), line.name, line.why) for line in plan.lines]
-    show_table([*rows, (bytes_text(plan.total_bytes), "at its peak", "")])
-    show_line(f"{bytes_text(main_memory().available_bytes)} are free on this machine")
-
-
-def _follow(run: "Callable[[Settings, Watch], Outcome]", settings: Settings, operations_per_token: float) -> int:
+def _follow(recipe: "Recipe[TrainSettings]", settings: "TrainSettings") -> int:
     """Run a recipe, show its steps, and return the exit code."""
     from freehold.evaluate.limits import product_rate
     from freehold.recipes.loop import ADAPTER, MODEL, Watch, use_threads
 
     peak = product_rate("float32", use_threads(settings)) if settings.device == "cpu" else None
-    ledger = _Ledger(total=settings.schedule.total, operations_per_token=operations_per_token, peak=peak)
+    ledger = _Ledger(
+        total=settings.schedule.total, operations_per_token=recipe.plan(settings).operations_per_token, peak=peak
+    )
     with _signals() as received:
-        outcome = run(
+        outcome = recipe.run(
             settings,
             Watch(
                 progress=ledger.show,

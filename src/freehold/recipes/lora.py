@@ -5,25 +5,19 @@ from typing import Annotated
 
 from freehold.adapt.lora import LoraSettings, wrap
 from freehold.checkpoint.dtypes import parse_dtype
-from freehold.checkpoint.fetch import find
-from freehold.checkpoint.load import Described, load_decoder, open_described
+from freehold.checkpoint.load import Described
 from freehold.checkpoint.pack import is_packable, packed_size
-from freehold.checkpoint.text_side import load_text_side
 from freehold.engine.adapter import save_adapter
-from freehold.engine.machine import memory_of
-from freehold.engine.model import parse_device
 from freehold.errors import BadInput
 from freehold.models.decoder import build_decoder
 from freehold.ops.native import kernels
-from freehold.recipes.data import open_streams
-from freehold.recipes.loop import ADAPTER, NOBODY, Outcome, Watch, begin_folder, train, use_threads
-from freehold.recipes.plan import RunPlan, check_memory, run_plan
-from freehold.recipes.settings import SCHEDULE_KEY, TrainSettings
+from freehold.recipes.fine_tune import FineTuneSettings, begin, describe_model
+from freehold.recipes.loop import ADAPTER, NOBODY, Outcome, Watch, train
+from freehold.recipes.plan import RunPlan, run_plan
+from freehold.recipes.settings import SCHEDULE_KEY
 from freehold.recipes.toml import Key
-from freehold.settings import Settings
 from freehold.train.schedule import Schedule
 from freehold.train.step import Objective
-from freehold.trust.identity import digest_config, digest_files
 
 FALLING = Schedule(peak=2e-4, end=2e-5, warmup=10, decay=190, total=200, shape="cosine")
 ADAPTERS = LoraSettings()
@@ -32,15 +26,9 @@ OBJECTIVE = Objective(mtp_weight=0.0, mtp_depths=0, balance_weight=0.0, correcti
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraRunSettings(TrainSettings):
+class LoraRunSettings(FineTuneSettings):
     """What fine-tuning by adapters may be told."""
 
-    model: Annotated[
-        str,
-        Key(
-            says="A folder, a file or a name: the checkpoint beside which is trained.", example="smollm2-135m-instruct"
-        ),
-    ]
     lora: Annotated[
         LoraSettings,
         Key(
@@ -62,9 +50,7 @@ class LoraRunSettings(TrainSettings):
 
 def plan(settings: LoraRunSettings) -> RunPlan:
     """Return what a run takes, from headers alone."""
-    source, described = open_described(find(settings.model, Settings().models_dir))
-    source.close()
-    return _plan(described, settings)
+    return _plan(describe_model(settings), settings)
 
 
 def run(settings: LoraRunSettings, watch: Watch = NOBODY) -> Outcome:
@@ -73,31 +59,11 @@ def run(settings: LoraRunSettings, watch: Watch = NOBODY) -> Outcome:
     Mutates: the run's folder, torch's number of threads.
     Raises: BadInput, before the first step where it can be known; Diverged.
     """
-    device = parse_device(settings.device)
-    source, described = open_described(find(settings.model, Settings().models_dir))
-    with source:
-        text = load_text_side(source, described)
-        if text.tokenizer is None:
-            raise BadInput(f"{settings.model} has no tokenizer", hint="put its tokenizer.json beside the weights")
-        begin_folder(settings.out)
-        streams = open_streams(
-            settings.data, tokenizer=text.tokenizer, template=text.template, seed=settings.seed, note=watch.note
-        )
-        check_memory(_plan(described, settings), memory_of(device).available_bytes)
-        use_threads(settings)
-        decoder, _ = load_decoder(
-            source,
-            described,
-            dtype=parse_dtype(settings.dtype),
-            device=device,
-            keep_packed=_keeps_packed(settings),
-        )
-    wrap(decoder, settings.lora, seed=settings.seed)
-    base = digest_files(source.files)
-    began_with = {"recipe": "lora", "weights": base, "config": digest_config(described.config)}
-    outcome = train(decoder, settings, streams, recipe=began_with, watch=watch)
+    start = begin(settings, _plan, keep_packed=_keeps_packed(settings), note=watch.note)
+    wrap(start.decoder, settings.lora, seed=settings.seed)
+    outcome = train(start.decoder, settings, start.streams, recipe={"recipe": "lora", **start.digests}, watch=watch)
     if outcome.is_done and not (settings.out / ADAPTER).exists():
-        save_adapter(settings.out / ADAPTER, decoder, family=described.family, base_sha256=base)
+        save_adapter(settings.out / ADAPTER, start.decoder, family=start.described.family, base_sha256=start.sha256)
     return outcome
 
 

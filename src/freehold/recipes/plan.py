@@ -100,7 +100,7 @@ def check_memory(plan: RunPlan, free_bytes: int) -> None:
         parts = ", ".join(f"{line.name} {line.num_bytes / 1e9:.1f}" for line in largest)
         raise BadInput(
             f"the run takes {wanted / 1e9:.1f} GB of memory, {free_bytes / 1e9:.1f} are free ({parts})",
-            hint="--plan shows all of it; fewer budget_tokens, a smaller model or bfloat16 take less",
+            hint="`freehold plan` shows all of it; fewer budget_tokens, a smaller model or bfloat16 take less",
         )
 
 
