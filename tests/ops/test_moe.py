@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from freehold.ops.moe import balance_loss, mix_experts, route, router_scores
+from freehold.ops.moe import balance_loss, count_chosen, mix_experts, route, router_scores
 
 # float32: products of a few rows at once may sum in another order than those of one row.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
@@ -135,6 +135,10 @@ def balance_of_one(scores_LE, experts_LX):
     return total
 
 
+def choices(experts_TX, spans):
+    return count_chosen(experts_TX, num_experts=EXPERTS, spans=spans)
+
+
 def random_choice(num_tokens):
     hidden_TD, gate_ED = torch.randn(num_tokens, WIDTH), torch.randn(EXPERTS, WIDTH)
     experts_TX, _ = route(hidden_TD, gate_ED, torch.zeros(EXPERTS), **(DEFAULTS | {"num_chosen": 3}))
@@ -145,21 +149,22 @@ def test_the_balance_loss_is_that_of_each_sequence_times_its_tokens():
     scores_TE, experts_TX = random_choice(TOKENS)
     spans = [(0, 4), (4, 5), (5, TOKENS)]
     expected = sum((b - a) * balance_of_one(scores_TE[a:b], experts_TX[a:b]) for a, b in spans)
-    assert float(balance_loss(scores_TE, experts_TX, spans=spans)) == pytest.approx(expected, rel=1e-5)
+    assert float(balance_loss(scores_TE, choices(experts_TX, spans), spans=spans)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_even_choice_costs_one_a_token_and_one_that_scores_follow_costs_more():
     even_TE, experts_TX = torch.full((EXPERTS, EXPERTS), 0.5), torch.arange(EXPERTS)[:, None]
     span = [(0, EXPERTS)]
-    assert float(balance_loss(even_TE, experts_TX, spans=span)) == pytest.approx(EXPERTS)
+    assert float(balance_loss(even_TE, choices(experts_TX, span), spans=span)) == pytest.approx(EXPERTS)
     favoured_TE = torch.full((EXPERTS, EXPERTS), 0.1).index_fill(1, torch.tensor([2]), 0.9)
-    assert float(balance_loss(favoured_TE, torch.full((EXPERTS, 1), 2), spans=span)) > 2 * EXPERTS
+    assert float(balance_loss(favoured_TE, choices(torch.full((EXPERTS, 1), 2), span), spans=span)) > 2 * EXPERTS
 
 
 def test_the_balance_loss_moves_the_scores_of_a_favoured_expert_down():
     scores_TE, experts_TX = random_choice(TOKENS)
     experts_TX[:, 0] = 5
+    spans = [(0, TOKENS)]
     (gradient_TE,) = torch.autograd.grad(
-        balance_loss(scores_TE.requires_grad_(True), experts_TX, spans=[(0, TOKENS)]), scores_TE
+        balance_loss(scores_TE.requires_grad_(True), choices(experts_TX, spans), spans=spans), scores_TE
     )
     assert (gradient_TE[:, 5] > 0).all()

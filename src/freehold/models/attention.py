@@ -36,13 +36,15 @@ class Attention(nn.Module):
         if spec.rope is not None:
             cos_TK, sin_TK = _angles(spec.rope, spec.head_dim, layout, hidden_TD.dtype)
             q_THK, k_TJK = rotate(q_THK, cos_TK, sin_TK), rotate(k_TJK, cos_TK, sin_TK)
-        if state is None:
-            mixed_THK = attention(q_THK, k_TJK, v_TJK, spans=layout.spans)
-        else:
-            state.write(k_TJK, v_TJK, layout.rows_T)
-            owned = [state.read(row) for row in layout.pages]
-            mixed_THK = attention_over(q_THK, owned, spans=layout.spans, ends=layout.ends)
+        mixed_THK = self._attend(q_THK, k_TJK, v_TJK, layout, state)
         return self.o_proj(mixed_THK.reshape(len(hidden_TD), -1))
+
+    def _attend(self, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, layout: Layout, state: PagedKV | None) -> Tensor:
+        if state is None:
+            return attention(q_THK, k_TJK, v_TJK, spans=layout.spans)
+        state.write(k_TJK, v_TJK, layout.rows_T)
+        owned = [state.read(row) for row in layout.pages]
+        return attention_over(q_THK, owned, spans=layout.spans, ends=layout.ends)
 
     def is_native(self) -> bool:
         """Return whether kernels can take this mixer."""

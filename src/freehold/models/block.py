@@ -40,9 +40,11 @@ class Block(nn.Module):
 
     recomputes: whether a gradient is made from the block's input alone, by computing the block once more, instead of
         from all that it computed; the kernels always do that.
+    is_divided: whether the mixer speaks with other processes, which no native call does.
     """
 
     recomputes = False
+    is_divided = False
 
     def __init__(self, spec: BlockSpec, width: int, *, norm_eps: float, norm_order: NormOrder):
         super().__init__()
@@ -59,7 +61,7 @@ class Block(nn.Module):
             assert isinstance(self.mixer, Moe), "only experts have a load"
             self.mixer.add_load(self.norm(hidden_TD), layout, state)
             state = None
-        if kernels() is None or not is_native(hidden_TD):
+        if self.is_divided or kernels() is None or not is_native(hidden_TD):
             return self._reference(hidden_TD, layout, state)
         run = self._run if self.is_native() else self.reference
         parameters = tuple(self.parameters())
@@ -89,7 +91,7 @@ class Block(nn.Module):
 
     def is_native(self) -> bool:
         """Return whether kernels can take this block."""
-        return is_native(self.norm.weight) and self.mixer.is_native()
+        return not self.is_divided and is_native(self.norm.weight) and self.mixer.is_native()
 
     def add_to(self, program: Program, state: State) -> None:
         """Add this block to a program. Mutates: program."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from freehold.models.block import Block, RmsNorm
 from freehold.models.layout import Capacity, Layout, State, States, allocate_states
-from freehold.models.linear import Embedding, Linear, set_weight
+from freehold.models.linear import Embedding, Head, set_weight
 from freehold.models.mtp import Mtp
 from freehold.models.spec import DecoderSpec
 from freehold.ops.mixers import Program, can_run
@@ -26,7 +26,7 @@ class Decoder(nn.Module):
             Block(block, spec.width, norm_eps=spec.norm_eps, norm_order=spec.norm_order) for block in spec.blocks
         )
         self.norm = RmsNorm(spec.width, spec.norm_eps, spec.norm_order)
-        self.lm_head = Linear(spec.width, spec.vocab_size)
+        self.lm_head = Head(spec.width, spec.vocab_size)
         self.tie_embeddings()
         self.mtp = Mtp(spec.mtp, spec) if spec.mtp else None
 

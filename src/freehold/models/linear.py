@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from freehold.ops.linear import embed, linear
+from freehold.ops.loss import linear_cross_entropy
 from freehold.ops.weight import Adapted, Packed, Weight
 
 
@@ -32,6 +33,17 @@ class Linear(nn.Module):
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
         return linear(hidden_TD, self.weight, self.bias)
+
+
+class Head(Linear):
+    """The output head: what tokens cost, where whole logits are not wanted."""
+
+    def loss(self, hidden_TD: Tensor, labels_T: Tensor) -> tuple[Tensor, int]:
+        """Return `ops.loss.linear_cross_entropy` of these hidden states: a sum over labels, and how many they are."""
+        weight = self.weight
+        if isinstance(weight, Tensor) and not torch.is_grad_enabled():
+            weight = weight.detach()  # no gradient of it is made then
+        return linear_cross_entropy(hidden_TD, weight, labels_T)
 
 
 def float32_parameter(*shape: int) -> nn.Parameter:

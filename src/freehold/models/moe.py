@@ -8,7 +8,7 @@ from freehold.models.linear import Linear, float32_parameter
 from freehold.models.mlp import SquaredReluMlp
 from freehold.models.spec import MoeSpec
 from freehold.ops.mixers import MAX_EXPERTS, Norm, Program, can_run
-from freehold.ops.moe import balance_loss, mix_experts, route, router_scores
+from freehold.ops.moe import balance_loss, count_chosen, mix_experts, route, router_scores
 from freehold.ops.native import keeps_rows_apart
 from freehold.ops.weight import Weight
 
@@ -33,6 +33,9 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(num_experts, inner_width, width))
         self.down_proj = nn.Parameter(torch.empty(num_experts, width, inner_width))
 
+    def forward(self, input_TZ: Tensor, experts_TX: Tensor, weights_TX: Tensor) -> Tensor:
+        return mix_experts(input_TZ, experts_TX, weights_TX, self.up_proj, self.down_proj)
+
 
 class Moe(nn.Module):
     """Routed experts plus one shared expert; the routed ones may work in a latent space (LatentMoE)."""
@@ -52,13 +55,7 @@ class Moe(nn.Module):
         spec = self.spec
         experts_TX, weights_TX = self._route(hidden_TD)
         input_TZ = self.fc1_latent_proj(hidden_TD) if spec.latent_width else hidden_TD
-        mixed_TZ = mix_experts(
-            input_TZ,
-            experts_TX,
-            weights_TX,
-            self.experts.up_proj,
-            self.experts.down_proj,
-        )
+        mixed_TZ = self.experts(input_TZ, experts_TX, weights_TX)
         mixed_TD = self.fc2_latent_proj(mixed_TZ) if spec.latent_width else mixed_TZ
         return mixed_TD + self.shared_experts(hidden_TD, layout, state)
 
@@ -67,7 +64,11 @@ class Moe(nn.Module):
         experts_TX, _ = self._route(hidden_TD)
         scores_TE = router_scores(hidden_TD, self.gate.weight)
         load.counts = load.counts + experts_TX.flatten().bincount(minlength=self.spec.num_experts)
-        load.balance = load.balance + balance_loss(scores_TE, experts_TX, spans=layout.spans)
+        load.balance = load.balance + balance_loss(scores_TE, self._choices(experts_TX, layout), spans=layout.spans)
+
+    def _choices(self, experts_TX: Tensor, layout: Layout) -> Tensor:
+        """Return how often each sequence, all of it, chose each expert, int64 [B, E]."""
+        return count_chosen(experts_TX, num_experts=self.spec.num_experts, spans=layout.spans)
 
     def is_native(self) -> bool:
         """Return whether kernels can take this mixer."""

@@ -50,7 +50,7 @@ def token_logprobs(hidden_TD: Tensor, head: Weight, labels_T: Tensor) -> Tensor:
     rows_S = (labels_T != IGNORED).nonzero()[:, 0]
     parts = [
         checkpoint(_chunk_logprobs, rows_SD, head, labels_S, use_reentrant=False, preserve_rng_state=False)
-        for rows_SD, labels_S in _chunks(hidden_TD[rows_S], labels_T[rows_S], head)
+        for rows_SD, labels_S in chunks(hidden_TD[rows_S], labels_T[rows_S], head)
     ]
     return logprobs_T.index_copy(0, rows_S, torch.cat(parts)) if parts else logprobs_T
 
@@ -64,7 +64,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_gradients = [torch.zeros_like(hidden_SD[:0])]
         head_gradient = torch.zeros(head.shape, device=hidden_SD.device) if wants_head else None
         total = torch.zeros((), device=hidden_SD.device)
-        for rows_SD, rows_S in _chunks(hidden_SD, labels_S, head):
+        for rows_SD, rows_S in chunks(hidden_SD, labels_S, head):
             logprobs_SV = linear(rows_SD, head).float().log_softmax(dim=-1)
             total -= logprobs_SV.gather(1, rows_S[:, None]).sum()
             if wants_hidden or head_gradient is not None:
@@ -87,7 +87,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _chunks(hidden_SD: Tensor, labels_S: Tensor, head: Weight) -> list[tuple[Tensor, Tensor]]:
+def chunks(hidden_SD: Tensor, labels_S: Tensor, head: Weight) -> list[tuple[Tensor, Tensor]]:
+    """Return rows and their labels in portions whose logits may all exist at once; none where there are no rows."""
     num_rows = max(1, CHUNK_BYTES // (4 * head.shape[0]))
     return list(zip(hidden_SD.split(num_rows), labels_S.split(num_rows), strict=True)) if len(labels_S) else []
 

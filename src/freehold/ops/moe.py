@@ -52,24 +52,26 @@ def router_scores(hidden_TD: Tensor, gate_ED: Tensor) -> Tensor:
     return torch.sigmoid(linear(hidden_TD.float(), gate_ED.float()))
 
 
-def balance_loss(scores_TE: Tensor, experts_TX: Tensor, *, spans: Sequence[tuple[int, int]]) -> Tensor:
+def count_chosen(experts_TX: Tensor, *, num_experts: int, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """Return how often each expert was chosen in each span of tokens, int64 [B, E]."""
+    return torch.stack([experts_TX[start:stop].flatten().bincount(minlength=num_experts) for start, stop in spans])
+
+
+def balance_loss(scores_TE: Tensor, choices_BE: Tensor, *, spans: Sequence[tuple[int, int]]) -> Tensor:
     """Return the sum over tokens of their sequence's balance loss, float32.
 
         E / (X L^2) * sum over experts of (choices of it) * (sum over tokens of its share of their scores)
 
     One where either factor is even over the experts, more where scores follow choices. The gradient flows through the
     scores alone.
-    spans: the interval of tokens of each sequence, L long.
+    choices_BE: of all L tokens of each sequence. spans: the interval of its tokens that are here: the losses of parts
+        add up to that of the whole.
     Paper: DeepSeek-V3, section 2.1.2, equations 17 to 20.
     """
-    num_experts, num_chosen = scores_TE.shape[1], experts_TX.shape[1]
     shares_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
-    losses = []
-    for start, stop in spans:
-        counts_E = experts_TX[start:stop].flatten().bincount(minlength=num_experts)
-        total = (counts_E * shares_TE[start:stop].sum(dim=0)).sum()
-        losses.append(total * (num_experts / (num_chosen * (stop - start))))
-    return torch.stack(losses).sum()
+    shares_BE = torch.stack([shares_TE[start:stop].sum(dim=0) for start, stop in spans])
+    chosen_BE = choices_BE / choices_BE.sum(dim=-1, keepdim=True)  # their sum is X L
+    return (chosen_BE * shares_BE).sum() * scores_TE.shape[1]
 
 
 def _keep_best_groups(corrected_TE: Tensor, num_groups: int, num_chosen_groups: int) -> Tensor:

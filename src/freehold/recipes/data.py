@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from freehold.errors import BadInput
 from freehold.models.decoder import Decoder
-from freehold.ops.loss import linear_cross_entropy
 from freehold.recipes.settings import DataSettings
 from freehold.text.chat import ChatTemplate
 from freehold.text.tokenizer import Tokenizer
@@ -68,13 +66,10 @@ def open_streams(
 def held_out_loss(decoder: Decoder, stream: Stream) -> float:
     """Return the mean negative log-likelihood of the supervised tokens of one pass over a stream, nats."""
     total, num_supervised = 0.0, 0
-    head = decoder.lm_head.weight
-    if isinstance(head, Tensor):
-        head = head.detach()  # no gradient of it is wanted
     for pack in stream.one_pass():
         batch = stream.batch(pack, decoder.device)
         hidden_TD = decoder(batch.tokens_T, batch.layout)
-        loss, count = linear_cross_entropy(hidden_TD, head, batch.labels_T)
+        loss, count = decoder.lm_head.loss(hidden_TD, batch.labels_T)
         total, num_supervised = total + float(loss), num_supervised + count
     if not num_supervised:
         raise BadInput("nothing in the held-out data is trained on in sequences of this length")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from freehold.errors import BadInput, Diverged
 from freehold.models.decoder import Decoder
-from freehold.ops.loss import IGNORED, linear_cross_entropy
+from freehold.ops.loss import IGNORED
 from freehold.train.balance import Loads, correct_routers, count_choices, new_loads, total_balance, worst_violation
 from freehold.train.batch import Batch
 from freehold.train.optim import Optimizer
@@ -130,13 +130,13 @@ def _losses(decoder: Decoder, batch: Batch, loads: Loads, depths: int) -> Tensor
     """Return sums over a batch, float32: next tokens, balance, then each of MTP's depths. Mutates: loads."""
     num_blocks = len(decoder.blocks)
     hidden_TD = decoder(batch.tokens_T, batch.layout, loads[:num_blocks])
-    text, _ = linear_cross_entropy(hidden_TD, decoder.lm_head.weight, batch.labels_T)
+    text, _ = decoder.lm_head.loss(hidden_TD, batch.labels_T)
     foretold = []
     for further in _further(batch, depths):
         assert decoder.mtp is not None, "depths are those of a module"
         embedded_TD = decoder.embeddings(further.tokens_T).to(decoder.dtype)
         hidden_TD = decoder.mtp(hidden_TD, embedded_TD, batch.layout, loads[num_blocks:])
-        foretold.append(linear_cross_entropy(hidden_TD, decoder.lm_head.weight, further.labels_T)[0])
+        foretold.append(decoder.lm_head.loss(hidden_TD, further.labels_T)[0])
     return torch.stack([loss.cpu() for loss in (text, total_balance(loads), *foretold)])
 
 
