@@ -11,6 +11,8 @@
     │   └── NotFound          no such file, model or catalogue name
     ├── CheckFailed           a law of the design does not hold for a model; the command line exits with 1
     ├── Diverged              a step of training found no number
+    ├── PeerFailed            another process of the same run failed, and has said why
+    ├── PeerLost              another process of the same run is gone, and has not
     ├── Overloaded            the engine has as much waiting as it may have
     ├── Draining              the engine takes nothing new, for it is about to stop
     ├── TimedOut              a request was not done by its deadline
@@ -72,6 +74,14 @@ class CheckFailed(FreeholdError):
 
 class Diverged(FreeholdError):
     """A step of training found a loss, or a gradient, that is no number."""
+
+
+class PeerFailed(FreeholdError):
+    """Another process of the same run failed first, and has said why."""
+
+
+class PeerLost(FreeholdError):
+    """Another process of the same run is gone without a word."""
 
 
 class Overloaded(FreeholdError):

@@ -11,6 +11,18 @@ NativeMode = Literal["auto", "avx512vnni", "avx512", "avx2", "portable", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Which of several processes that were started together this one is: by torchrun, or whatever sets what it sets.
+
+    rank: among all. count: of them. local_rank: among those of this machine.
+    """
+
+    rank: int
+    count: int
+    local_rank: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What the environment may decide.
 
@@ -18,11 +30,13 @@ class Settings:
     native: which form of the native kernels runs: the best for this machine, one by name, or none, which leaves the
         torch references (FREEHOLD_NATIVE). A form that this machine does not run is none.
     database_url: where API keys and their usage are kept (FREEHOLD_DATABASE); without it, a file of this user.
+    launch: this process among others (RANK, WORLD_SIZE, LOCAL_RANK, as torchrun sets them); None where it is alone.
     """
 
     models_dir: Path = field(default_factory=lambda: _models_dir())
     native: NativeMode = field(default_factory=lambda: _native_mode())
     database_url: str = field(default_factory=lambda: _database_url())
+    launch: Launch | None = field(default_factory=lambda: _launch())
 
 
 def let_torch_threads_sleep() -> None:
@@ -54,3 +68,16 @@ def _database_url() -> str:
     # Not beside the models, which lie in a cache that anybody may empty.
     data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     return f"sqlite:///{Path(data).expanduser().absolute() / 'freehold' / 'freehold.db'}"
+
+
+def _launch() -> Launch | None:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = [os.environ.get(name) for name in names]
+    if given[0] is None or given[1] is None:
+        return None
+    if not all(value is None or value.isdecimal() for value in given):
+        raise BadInput(
+            f"{', '.join(names)} are {', '.join(map(repr, given))}, wanted numbers", hint="torchrun sets them"
+        )
+    rank, count, local_rank = (int(value or 0) for value in given)
+    return Launch(rank=rank, count=count, local_rank=local_rank)

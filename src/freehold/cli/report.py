@@ -10,7 +10,7 @@ from collections.abc import Callable
 import typer
 
 from freehold.cli.terminal import printable
-from freehold.errors import CheckFailed, FreeholdError
+from freehold.errors import CheckFailed, FreeholdError, PeerFailed
 
 CHECK_FAILED = 1
 BAD_INPUT = 2
@@ -20,6 +20,8 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
     """Return the exit code of a command line that is run here; an error that a user can cause is shown, not raised."""
     try:
         return command() or 0
+    except PeerFailed:  # which has been said
+        return BAD_INPUT
     except FreeholdError as error:
         show_error(type(error).__name__, error.message, error.hint)
         return CHECK_FAILED if isinstance(error, CheckFailed) else BAD_INPUT
