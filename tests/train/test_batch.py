@@ -21,14 +21,16 @@ def test_labels_never_cross_an_edge():
 
 def test_labels_of_mtp_never_cross_an_edge():
     batch = Batch.packed([example([1, 2, 3]), example([4]), example([5, 6], following=7)])
-    assert batch.next_tokens_T.tolist() == [2, 3, 3, 4, 6, 6]
-    assert batch.next_labels_T.tolist() == [3, IGNORED, IGNORED, IGNORED, 7, IGNORED]
+    assert batch.further.tokens_T.tolist() == [2, 3, 3, 4, 6, 6]
+    assert batch.further.labels_T.tolist() == [3, IGNORED, IGNORED, IGNORED, 7, IGNORED]
+    assert batch.further.num_supervised == 2
 
 
 @given(st.lists(st.lists(st.integers(0, 90), min_size=1, max_size=9), min_size=1, max_size=6))
 def test_packed_labels_are_those_of_each_sequence_alone(documents):
     alone = [Batch.packed([example(tokens)]) for tokens in documents]
     packed = Batch.packed([example(tokens) for tokens in documents])
-    for name in ("tokens_T", "labels_T", "next_tokens_T", "next_labels_T"):
+    for name in ("tokens_T", "labels_T"):
         assert torch.equal(getattr(packed, name), torch.cat([getattr(batch, name) for batch in alone]))
+        assert torch.equal(getattr(packed.further, name), torch.cat([getattr(batch.further, name) for batch in alone]))
     assert packed.num_supervised == sum(batch.num_supervised for batch in alone)

@@ -48,8 +48,8 @@ def loss_of(decoder: Decoder, batch: Batch) -> Tensor:
     hidden_TD = decoder(batch.tokens_T, batch.layout)
     loss, _ = linear_cross_entropy(hidden_TD, decoder.lm_head.weight, batch.labels_T)
     if decoder.mtp is not None:
-        hidden_TD = decoder.mtp(hidden_TD, decoder.embeddings(batch.next_tokens_T), batch.layout)
-        loss = loss + linear_cross_entropy(hidden_TD, decoder.lm_head.weight, batch.next_labels_T)[0]
+        hidden_TD = decoder.mtp(hidden_TD, decoder.embeddings(batch.further.tokens_T), batch.layout)
+        loss = loss + linear_cross_entropy(hidden_TD, decoder.lm_head.weight, batch.further.labels_T)[0]
     return loss
 
 

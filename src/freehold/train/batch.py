@@ -4,14 +4,16 @@ Belongs here: `Batch`, and how it is made of sequences. Not here: which sequence
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from freehold.models.layout import Layout
 from freehold.ops.loss import IGNORED
+from freehold.parallel.context import Part, part_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,25 +51,55 @@ class Batch:
             tokens_T=torch.cat([example.tokens_L for example in examples]).to(device),
             labels_T=labels_T.to(device),
             layout=Layout.packed([len(example.tokens_L) for example in examples], device),
-            num_supervised=int((labels_T != IGNORED).sum()),
+            num_supervised=count_supervised(labels_T),
         )
 
     @cached_property
-    def next_tokens_T(self) -> Tensor:
-        """The token after each one in its sequence, whose embedding MTP reads; of a sequence's last token, itself.
+    def further(self) -> "Batch":
+        """What MTP reads and foretells: in the place of each token and label those of the token after it.
 
-        No label depends on that last one: MTP's labels there are IGNORED, and no token before it sees it.
+        At the end of a sequence the label is IGNORED, and the token itself stays: no label depends on that one, and no
+        token before it sees it.
         """
-        next_T = self.tokens_T.roll(-1)
-        return torch.where(self._is_last_T, self.tokens_T, next_T)
+        labels_T = self.labels_T.roll(-1).masked_fill(self._is_last_T, IGNORED)
+        return replace(
+            self,
+            tokens_T=torch.where(self._is_last_T, self.tokens_T, self.tokens_T.roll(-1)),
+            labels_T=labels_T,
+            num_supervised=count_supervised(labels_T),
+        )
 
-    @cached_property
-    def next_labels_T(self) -> Tensor:
-        """The label of the token after each one: what MTP foretells. IGNORED where a sequence ends."""
-        return self.labels_T.roll(-1).masked_fill(self._is_last_T, IGNORED)
+    def part(self, group: ProcessGroup) -> "BatchPart":
+        """Return this process's consecutive tokens (parallel/context.py)."""
+        layout = part_of(self.layout, group)
+        labels_T = self.labels_T[layout.slice]
+        return BatchPart(
+            tokens_T=self.tokens_T[layout.slice],
+            labels_T=labels_T,
+            layout=layout,
+            num_supervised=count_supervised(labels_T),
+            whole=self,
+        )
 
     @cached_property
     def _is_last_T(self) -> Tensor:
         is_last_T = torch.zeros_like(self.tokens_T, dtype=torch.bool)
         is_last_T[torch.tensor(self.layout.starts[1:], device=is_last_T.device) - 1] = True
         return is_last_T
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BatchPart(Batch):
+    """Some consecutive tokens of a batch; what follows the last of them is in the next part."""
+
+    whole: Batch
+
+    @cached_property
+    def further(self) -> Batch:
+        assert isinstance(self.layout, Part), "this is a part"
+        return self.whole.further.part(self.layout.group)
+
+
+def count_supervised(labels_T: Tensor) -> int:
+    """Return how many labels count."""
+    return int((labels_T != IGNORED).sum())

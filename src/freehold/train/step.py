@@ -6,14 +6,13 @@ Belongs here: what is averaged over what, and what stops a run. Not here: which 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from freehold.errors import BadInput, Diverged
 from freehold.models.decoder import Decoder
-from freehold.ops.loss import IGNORED
 from freehold.train.balance import Loads, correct_routers, count_choices, new_loads, total_balance, worst_violation
 from freehold.train.batch import Batch
 from freehold.train.optim import Optimizer
@@ -143,9 +142,7 @@ def _losses(decoder: Decoder, batch: Batch, loads: Loads, depths: int) -> Tensor
 def _further(batch: Batch, depths: int) -> Iterator[Batch]:
     """Yield for each of MTP's depths the tokens that it reads, and the labels that it foretells."""
     for _ in range(depths):
-        labels_T = batch.next_labels_T
-        num_supervised = int((labels_T != IGNORED).sum())
-        batch = replace(batch, tokens_T=batch.next_tokens_T, labels_T=labels_T, num_supervised=num_supervised)
+        batch = batch.further
         yield batch
 
 
