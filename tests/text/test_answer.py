@@ -23,6 +23,15 @@ def _parse(dialect, text, *, prompt="", tools=TOOLS):
     return parse_answer(dialect, text, tools=tools, prompt=prompt)
 
 
+def _parse_in_cuts(dialect, text, data, *, prompt="", tools=TOOLS):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=20)))
+    parser = AnswerParser(dialect, tools=tools, prompt=prompt)
+    pieces = []
+    for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        pieces += parser.feed(text[start:end])
+    return join_pieces([*pieces, *parser.finish()])
+
+
 def _calls(answer):
     return [(call.name, json.loads(call.arguments)) for call in answer.tool_calls]
 
@@ -112,6 +121,31 @@ def test_calls_after_a_broken_one_are_read():
     assert (answer.text, _calls(answer)) == ("<tool_call>x</tool_call>", [("clock", {})])
 
 
+MARKS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "</tool_", "<|python_tag|>"]
+HARD_TEXT = st.lists(st.sampled_from([*MARKS, '"', "\\", "\\u003c", "\n", "{", "}", "é"]) | st.text(max_size=3)).map(
+    "".join
+)
+
+
+@given(place=HARD_TEXT, is_ascii=st.booleans(), data=st.data())
+def test_marks_within_the_strings_of_a_call_end_nothing(place, is_ascii, data):
+    call = {"name": "get_weather", "arguments": {place: [place, {"a": place}]}}
+    text = f"One.\n<tool_call>\n{json.dumps(call, ensure_ascii=is_ascii)}\n</tool_call>\nTwo.</tool_call>"
+    answer = _parse_in_cuts(QWEN, text, data)
+    assert _calls(answer) == [(call["name"], call["arguments"])]
+    assert (answer.text, answer.reasoning) == ("One.Two.</tool_call>", "")
+
+
+@pytest.mark.parametrize(
+    "broken", ['{"name": "clo', '{"name": "clock\\', '{"a": \\"', '{"name": "clock", "arguments": {"a": "\n"}}"']
+)
+def test_a_call_that_is_no_json_ends_at_its_first_closing_mark(broken):
+    call = f"<tool_call>{broken}</tool_call>"
+    answer = _parse(QWEN, f'a {call} b\n"\n{JSON}')
+    assert (answer.text, len(answer.tool_calls)) == (f'a {call} b\n"', 1)
+    assert _parse(QWEN, f"{call} b").text == f"{call} b"
+
+
 @pytest.mark.parametrize(
     ("written", "value"),
     [
@@ -184,7 +218,7 @@ def test_text_streams_without_waiting():
 PARTS = [
     *("<think>", "</think>", "<tool_call>", "</tool_call>", "<function=clock>", "</function>", "<parameter=days>"),
     *("</parameter>", "<|python_tag|>", '{"name": "clock", ', '"parameters": {}}', '"arguments": {}}', "clock.call()"),
-    *("\n", "\n\n", " ", "a", "<", "</", "é", "3", "{", "}", XML, JSON, BARE, XML_CLOCK),
+    *("\n", "\n\n", " ", "a", "<", "</", "é", "3", "{", "}", '"', "\\", XML, JSON, BARE, XML_CLOCK),
 ]
 
 
@@ -198,12 +232,7 @@ PARTS = [
 )
 def test_any_cut_gives_the_same_answer_and_loses_nothing(dialect, parts, prompt, tools, data):
     text = "".join(parts)
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=20)))
-    parser = AnswerParser(dialect, tools=tools, prompt=prompt)
-    pieces = []
-    for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-        pieces += parser.feed(text[start:end])
-    answer = join_pieces([*pieces, *parser.finish()])
+    answer = _parse_in_cuts(dialect, text, data, tools=tools, prompt=prompt)
     assert answer == parse_answer(dialect, text, tools=tools, prompt=prompt)
     if not answer.tool_calls:
         kept = (answer.reasoning + answer.text).replace("\n", "")
@@ -215,8 +244,9 @@ def test_any_cut_gives_the_same_answer_and_loses_nothing(dialect, parts, prompt,
         assert kept == dropped
 
 
-def test_a_long_answer_takes_linear_time():
-    text = "<tool_call>" + "x" * 300_000 + "\n" * 1000
+@pytest.mark.parametrize("opening", ["<tool_call>", '<tool_call>{"a": "'], ids=["letters", "a-string"])
+def test_a_long_answer_takes_linear_time(opening):
+    text = opening + "x" * 300_000 + "\n" * 1000
     parser = AnswerParser(QWEN, tools=TOOLS)
     pieces = [piece for character in text for piece in parser.feed(character)]
     assert join_pieces([*pieces, *parser.finish()]).text == text

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from freehold.text.calls import opens_call, read_call, schemas_by_name
+from freehold.text.calls import JsonStrings, find_mark, opens_call, read_call, schemas_by_name
 from freehold.text.dialect import Dialect
 from freehold.text.stream import held_length
 
@@ -56,7 +56,8 @@ class AnswerParser:
 
     Reasoning is what stands between the think marks at the beginning, or before the closing one where the prompt has
     opened it. Calls are looked for only if the request gave tools; what looks like a call but cannot be read as one is
-    text, with its marks. The line ends between reasoning, text and calls are dropped, nothing else is.
+    text, with its marks. Where calls are JSON, a closing mark within a string of theirs is a part of it. The line ends
+    between reasoning, text and calls are dropped, nothing else is.
     """
 
     def __init__(self, dialect: Dialect, *, tools: Sequence[Mapping[str, Any]] = (), prompt: str = "") -> None:
@@ -68,6 +69,7 @@ class AnswerParser:
         self._is_fresh = True  # in reasoning and text: no character yet, so line ends are dropped
         self._call_head = ""  # what to show before the body of a call that cannot be read
         self._call_parts: list[str] = []
+        self._call_strings: JsonStrings | None = None  # of a call that may be JSON up to its closing mark
 
     @property
     def is_reasoning(self) -> bool:
@@ -137,18 +139,26 @@ class AnswerParser:
         return body[len(shown) :]
 
     def _in_call(self, text: str, pieces: list[Piece], is_final: bool) -> str:
-        close = self._dialect.call_close
-        body, found, rest = text.partition(close) if close else (text, "", "")
-        kept = held_length(body, (close,)) if close and not found and not is_final else 0
-        self._call_parts.append(body[: len(body) - kept])
-        if found or is_final:
-            self._mode = self._in_text
-            self._close_call(found, pieces)
-            return rest
-        return body[len(body) - kept :]
+        close, strings = self._dialect.call_close or "", self._call_strings
+        found = strings.find(text) if strings else find_mark(text, close)
+        if found is None or (is_final and strings and strings.is_inside):
+            text = "".join(self._call_parts) + text
+            self._call_parts, self._call_strings = [], None  # it is no JSON: its first closing mark ends it
+            return self._in_call(text, pieces, is_final)
+        end, decided = found
+        if end < 0 and not is_final:
+            self._call_parts.append(text[:decided])
+            return text[decided:]
+        body, mark, rest = (text[:end], close, text[end + len(close) :]) if end >= 0 else (text, "", "")
+        self._call_parts.append(body)
+        self._mode = self._in_text
+        self._close_call(mark, pieces)
+        return rest
 
     def _open_call(self, head: str) -> None:
         self._mode, self._call_head, self._call_parts = self._in_call, head, []
+        close = self._dialect.call_close
+        self._call_strings = JsonStrings(close) if close and self._dialect.call_format == "json" else None
 
     def _close_call(self, close: str, pieces: list[Piece]) -> None:
         body = "".join(self._call_parts)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from freehold.text.dialect import CallFormat
+from freehold.text.stream import held_length
 
 # Types of JSON schema that are written as JSON in a call. A value of another type, or of no known type, is a text.
 JSON_TYPES = frozenset(("integer", "number", "boolean", "object", "array", "null"))
@@ -20,6 +21,42 @@ METHOD_CALL = re.compile(r"\s*([\w.-]+)\.call\(")
 METHOD_ARGUMENT = re.compile(r"\s*(\w+)\s*=\s*")
 
 Schemas = Mapping[str, Mapping[str, Any]]
+
+
+def find_mark(text: str, mark: str) -> tuple[int, int]:
+    """Return where a mark begins, or -1, and where what is undecided begins: half a mark, or the end of the text."""
+    end = text.find(mark) if mark else -1
+    return end, end if end >= 0 else len(text) - held_length(text, (mark,))
+
+
+class JsonStrings:
+    """Tells a mark that ends a JSON text from the same letters within one of its strings, while the text comes.
+
+    A text with a string that has no end, or a control character in one, is no JSON, and its strings tell nothing.
+    """
+
+    def __init__(self, mark: str) -> None:
+        self._signs = re.compile(rf'\\.|["\x00-\x1f]|{re.escape(mark)}', re.DOTALL)
+        self._mark = mark
+        self.is_inside = False
+
+    def find(self, text: str) -> tuple[int, int] | None:
+        """Return the same as `find_mark` for a mark outside of strings, None where what came is no JSON.
+
+        What comes next begins where this text was undecided.
+        """
+        seen = 0
+        for sign in self._signs.finditer(text):
+            seen = sign.end()
+            if sign[0] == self._mark:
+                if not self.is_inside:
+                    return sign.start(), sign.start()
+            elif sign[0] == '"':
+                self.is_inside = not self.is_inside
+            elif sign[0].startswith("\\") != self.is_inside:  # an escape outside, or a control character inside
+                return None
+        rest = text[seen:]
+        return -1, len(text) - max(rest.endswith("\\"), held_length(rest, (self._mark,)))
 
 
 class Call(NamedTuple):

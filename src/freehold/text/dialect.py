@@ -27,6 +27,8 @@ class Dialect:
 
 
 # <tool_call>\n<function=NAME>\n<parameter=P>\nVALUE\n</parameter>\n</function>\n</tool_call>
+# A VALUE is written as it is: one with </tool_call>, or with </parameter> on a line of its own, cannot be told from the
+# end. JSON can hold its marks in strings, and they end nothing there.
 NEMOTRON = Dialect(name="nemotron", call_format="xml", call_open="<tool_call>", call_close="</tool_call>", reasons=True)
 # <tool_call>\n{"name": NAME, "arguments": {...}}\n</tool_call>
 QWEN = Dialect(name="qwen", call_format="json", call_open="<tool_call>", call_close="</tool_call>", reasons=True)
