@@ -226,15 +226,15 @@ class Recurrent:
     ssm: Tensor
 
 
-@dataclass(kw_only=True)
 class ExpertLoad:
     """What the tokens of a training step asked of one block of experts; every forward that is given it adds to it.
 
     counts: int64 [E], tokens that chose each expert. balance: the sum over tokens of `ops.moe.balance_loss`.
+    No dataclass: FSDP2 hands copies of those to a block, and what is added to a copy is lost.
     """
 
-    counts: Tensor
-    balance: Tensor
+    def __init__(self, *, counts: Tensor, balance: Tensor):
+        self.counts, self.balance = counts, balance
 
 
 State = PagedKV | Recurrent | ExpertLoad | None
@@ -244,7 +244,7 @@ class States(tuple[State, ...]):
     """The states of a decoder, one entry per block.
 
     program: the decoder as one native call over these states, once it has been put together; the weights that
-    the decoder has at that time are those that it keeps using.
+    the decoder has at that time are those that it keeps using, until an adapter that added nothing then learns.
     """
 
     program: Program | None = None

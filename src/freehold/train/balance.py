@@ -38,7 +38,8 @@ def new_loads(decoder: Decoder) -> Loads:
 
 def total_balance(loads: Loads) -> Tensor:
     """Return the sum of the balance losses of all blocks, float32."""
-    return torch.stack([torch.zeros(()), *(load.balance.cpu() for load in loads if load)]).sum()
+    balances = [load.balance for load in loads if load]
+    return torch.stack(balances).sum() if balances else torch.zeros(())
 
 
 def count_choices(loads: Loads) -> tuple[Tensor, ...]:

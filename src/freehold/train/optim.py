@@ -12,10 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from freehold.errors import CheckpointMismatch
+from freehold.errors import CheckpointMismatch, UnsupportedModel
 from freehold.models.decoder import Decoder
 from freehold.models.linear import Linear
 from freehold.models.moe import Experts, Router
+from freehold.parallel.data import REPLICATED, Gradients, local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,25 +55,36 @@ class Optimizer:
     A_log, D and dt_bias do not.
     """
 
-    def __init__(self, decoder: Decoder, settings: OptimizerSettings):
+    def __init__(self, decoder: Decoder, settings: OptimizerSettings, gradients: Gradients = REPLICATED):
+        """gradients: what becomes of them where other processes have made some, too. Raises: UnsupportedModel."""
+        self._gradients = gradients
         self._parameters = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
         self._masters = {
-            name: p if p.dtype is torch.float32 else p.detach().float() for name, p in self._parameters.items()
+            name: p if p.dtype is torch.float32 and local(p) is p else local(p.detach()).float()
+            for name, p in self._parameters.items()
         }
         for name, parameter in self._parameters.items():
             if self._masters[name] is not parameter:
                 hook = parameter.register_post_accumulate_grad_hook(_collector(self._masters[name]))
                 weakref.finalize(self, hook.remove)  # the decoder may be trained by another later
         by_muon = matrix_names(decoder) if settings.matrices == "muon" else frozenset()
+        if by_muon & gradients.divided.keys():
+            raise UnsupportedModel("Muon moves whole matrices, and a process has parts", hint="AdamW moves parts, too")
         self._parts = {name: _parts(name, m, apart=name in by_muon) for name, m in self._masters.items()}
         self._optimizers = _optimizers(self._parts, by_muon, settings)
+
+    def sum_gradients(self) -> None:
+        """Add to the gradients of this process those of all others. Mutates: the gradients."""
+        self._gradients.sum(self._accumulated())
 
     def clip(self, max_norm: float) -> float:
         """Scale all gradients so that their norm, as of one vector, is `max_norm` at most; return what it was.
 
         Mutates: the gradients.
         """
-        return float(nn.utils.clip_grad_norm_(list(self._masters.values()), max_norm))
+        norm = self._gradients.norm(self._accumulated())
+        nn.utils.clip_grads_with_norm_(list(self._masters.values()), max_norm, norm)
+        return float(norm)
 
     def step(self, learning_rate: float) -> None:
         """Move the parameters by their gradients, and forget these. Mutates: the decoder's parameters."""
@@ -85,7 +97,7 @@ class Optimizer:
         with torch.no_grad():
             for name, master in self._masters.items():
                 if master is not self._parameters[name]:
-                    self._parameters[name].copy_(master)
+                    local(self._parameters[name]).copy_(master)
         self.forget_gradients()
 
     def forget_gradients(self) -> None:
@@ -97,7 +109,7 @@ class Optimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all state by name, as it is, not a copy: masters, moments, counts of steps."""
-        masters = {f"{n}/master": m for n, m in self._masters.items() if m is not self._parameters[n]}
+        masters = {f"{n}/master": m for n, m in self._masters.items() if self._parameters[n].dtype is not m.dtype}
         moments = {
             f"{name}/{key}": value
             for name, part in self._all_parts()
@@ -124,6 +136,9 @@ class Optimizer:
             else:
                 raise CheckpointMismatch(f"`{name}` belongs to no parameter that is trained")
 
+    def _accumulated(self) -> dict[str, Tensor]:
+        return {name: master.grad for name, master in self._masters.items() if master.grad is not None}
+
     def _all_parts(self) -> Iterator[tuple[str, Tensor]]:
         for parts in self._parts.values():
             yield from parts.items()
@@ -134,7 +149,7 @@ def _collector(master: Tensor) -> Callable[[Tensor], None]:
 
     def collect(parameter: Tensor) -> None:
         assert parameter.grad is not None, "this is called when there is one"
-        gradient, parameter.grad = parameter.grad.float(), None
+        gradient, parameter.grad = local(parameter.grad).float(), None
         master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
     return collect

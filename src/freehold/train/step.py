@@ -81,6 +81,7 @@ def train_step(
         raise BadInput(f"step {number} has {int(counts[1])} tokens, and none of them is trained on")
     try:
         sums, choices = _accumulate(decoder, batches, counts, objective, number)
+        optimizer.sum_gradients()
         norm = optimizer.clip(objective.max_gradient_norm)
         if not math.isfinite(norm):
             raise _diverged(f"the gradient's norm is {norm} in step {number}")
@@ -136,7 +137,8 @@ def _losses(decoder: Decoder, batch: Batch, loads: Loads, depths: int) -> Tensor
         embedded_TD = decoder.embeddings(further.tokens_T).to(decoder.dtype)
         hidden_TD = decoder.mtp(hidden_TD, embedded_TD, batch.layout, loads[num_blocks:])
         foretold.append(decoder.lm_head.loss(hidden_TD, further.labels_T)[0])
-    return torch.stack([loss.cpu() for loss in (text, total_balance(loads), *foretold)])
+    # One copy to the CPU: backward then comes to all losses in the order of blocks, as parts of weights are gathered.
+    return torch.stack([text, total_balance(loads).to(text.device), *foretold]).cpu()
 
 
 def _further(batch: Batch, depths: int) -> Iterator[Batch]:
