@@ -12,7 +12,7 @@ Belongs here: who has which part of a weight because of data, and what becomes o
 a process takes (recipes/loop.py); weights divided because one process cannot compute with them (tensor.py, expert.py).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -80,12 +80,15 @@ def let_go(decoder: Decoder) -> None:
         decoder.reshard()
 
 
-def whole_decoder(decoder: Decoder, processes: Processes) -> Decoder | None:
+def whole_decoder(
+    decoder: Decoder, processes: Processes, *, join: Callable[[str, Tensor], Tensor] | None = None
+) -> Decoder | None:
     """Return a decoder with all weights on the CPU, in the first process; None in the others, which have to call too.
 
-    One that is not sharded is returned as it is.
+    One that has all of them is returned as it is. join: returns the whole of a weight that processes have other parts
+    of than those of data, by its name and this process's part.
     """
-    if not isinstance(decoder, FSDPModule):
+    if join is None and not isinstance(decoder, FSDPModule):
         return decoder if processes.is_first else None
     let_go(decoder)
     made = build_decoder(decoder.spec, dtype=decoder.dtype)
@@ -96,6 +99,8 @@ def whole_decoder(decoder: Decoder, processes: Processes) -> Decoder | None:
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            if join is not None:
+                whole = join(name, whole)
             if processes.is_first:
                 target[name].copy_(whole)
     return made if processes.is_first else None
