@@ -3,12 +3,15 @@
 import pytest
 import torch
 
-from adapt.adapters import adapt
+from adapt.adapters import SETTINGS, adapt, fill
+from freehold.adapt.lora import wrap
 from freehold.evaluate.laws import check_laws
+from freehold.models.layout import Capacity, Layout
+from freehold.ops.attention import PAGE_TOKENS
 from laws.test_train_serve import served, trained
 from models.forms import FORMS, needs_kernels, on_threads, running, same_bits
 from models.packing import PACKED_LLAMA, PACKED_NEMOTRON, pack_decoder
-from models.tiny import CONFIGS, saved_names, tiny_decoder
+from models.tiny import CONFIGS, LLAMA, random_tokens, saved_names, tiny_decoder
 
 pytestmark = needs_kernels
 
@@ -47,3 +50,18 @@ def test_an_adapter_on_packed_weights_trains_on_the_bits_that_it_serves(config, 
     found_TD, _ = trained(decoder)
     assert found_TD.requires_grad
     assert same_bits(found_TD.detach(), expected_TD)
+
+
+@torch.inference_mode()
+def test_states_that_were_used_before_an_adapter_learnt_give_what_it_adds():
+    decoder = tiny_decoder(LLAMA)
+    wrap(decoder, SETTINGS, seed=0)
+    states = decoder.allocate_states(Capacity(num_slots=1, num_pages=1, page_size=PAGE_TOKENS))
+    layout = Layout.step([5], [0], slots=[0], pages=[[0]], page_size=PAGE_TOKENS)
+    tokens_T = random_tokens(5)
+    before_TD = decoder(tokens_T, layout, states).clone()
+    fill(decoder)
+    found_TD = decoder(tokens_T, layout, states)
+    fresh = decoder.allocate_states(Capacity(num_slots=1, num_pages=1, page_size=PAGE_TOKENS))
+    assert same_bits(found_TD, decoder(tokens_T, layout, fresh))
+    assert not torch.equal(found_TD, before_TD)

@@ -83,10 +83,24 @@ def test_targets_are_ends_of_names(target, count):
     assert len(list(adapted(decoder))) == count
 
 
-@pytest.mark.parametrize("target", ["gate_proj", "proj", "lm_head", "embeddings", ""])
+@pytest.mark.parametrize("target", ["gate_proj", "proj", ""])
 def test_a_target_that_the_model_lacks_is_refused(target):
-    with pytest.raises(BadRequest, match="has no projection"):
+    with pytest.raises(BadRequest, match=f"no projection is '{target}'"):
         wrap(tiny_decoder(NEMOTRON), LoraSettings(targets=("q_proj", target)), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("target", "what"),
+    [
+        ("lm_head", "the output head"),
+        ("embed_tokens", "embeddings"),
+        ("mixer.gate", "routers"),
+        ("mtp", "multi-token prediction"),
+    ],
+)
+def test_a_part_that_has_no_adapter_here_is_refused_by_its_name(target, what):
+    with pytest.raises(BadRequest, match=f"is of {what}, where no adapter can be"):
+        wrap(tiny_decoder(MTP), LoraSettings(targets=("q_proj", target)), seed=0)
 
 
 @pytest.mark.parametrize("wrong", [{"rank": 0}, {"alpha": 0.0}, {"alpha": float("nan")}, {"targets": ()}])

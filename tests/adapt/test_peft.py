@@ -20,11 +20,10 @@ from models.forms import same_bits
 from models.tiny import LATENT, LLAMA, NEMOTRON, QWEN, random_tokens, tiny_decoder
 from models.witness import load_ours, our_logits, save_witness, witness_logits, witness_model
 
-# PEFT's own: what it calls in transformers, and that it does not know our key.
+# PEFT's own: what it calls in transformers. Of our files it warns of nothing.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Unexpected keyword arguments:UserWarning"),
 ]
 
 BASE = "b" * 64
@@ -54,7 +53,7 @@ def change(folder, **changes: object):
 def change_tensors(folder, **changes: Tensor | None):
     tensors = safetensors.torch.load((folder / WEIGHTS).read_bytes()) | changes
     kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    (folder / WEIGHTS).write_bytes(safetensors.torch.save(kept))
+    (folder / WEIGHTS).write_bytes(safetensors.torch.save(kept, {"freehold_base_sha256": BASE}))
     return folder
 
 
@@ -101,7 +100,13 @@ def test_each_expert_of_a_stack_is_a_module_by_its_published_name(tmp_path):
     ("changes", "error", "says"),
     [
         ({"extra.lora_A.weight": torch.zeros(4, 32)}, CheckpointMismatch, "no use"),
-        ({"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 32)}, CheckpointMismatch, "no use"),
+        ({"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 32)}, UnsupportedModel, "the output head"),
+        (
+            {"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 97)},
+            UnsupportedModel,
+            "changes embeddings",
+        ),
+        ({"base_model.model.lm_head.weight": torch.zeros(97, 32)}, UnsupportedModel, "changes the output head"),
         (
             {"base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight": torch.zeros(4, 32)},
             CheckpointMismatch,
@@ -119,7 +124,16 @@ def test_each_expert_of_a_stack_is_a_module_by_its_published_name(tmp_path):
             "A and B",
         ),
     ],
-    ids=["another-name", "output-head", "layer-too-many", "a-without-b", "wrong-width", "wrong-rank"],
+    ids=[
+        "another-name",
+        "output-head",
+        "embeddings",
+        "whole-output-head",
+        "layer-too-many",
+        "a-without-b",
+        "wrong-width",
+        "wrong-rank",
+    ],
 )
 def test_a_tensor_that_does_not_fit_is_refused(folder, changes, error, says):
     change_tensors(folder, **changes)
@@ -162,11 +176,21 @@ def test_another_base_is_refused(folder):
     assert refused.value.hint == "load it with the model that it was made for"
 
 
-def test_a_base_that_is_not_named_is_taken_with_a_note(folder):
-    change(folder, freehold_base_sha256=...)
+def test_a_base_that_is_named_in_the_config_as_in_our_first_adapters_is_held_to_too(folder):
+    tensors = safetensors.torch.load((folder / WEIGHTS).read_bytes())
+    (folder / WEIGHTS).write_bytes(safetensors.torch.save(tensors))  # without a header
+    change(folder, freehold_base_sha256=BASE)
+    load(folder, LLAMA)
+    with pytest.raises(CheckpointMismatch, match="made for weights"):
+        load(folder, LLAMA, base="c" * 64)
+
+
+def test_a_base_that_is_not_named_is_taken_with_a_note(tmp_path):
+    decoder, family = adapt(tiny_decoder(LLAMA)), family_of_config(LLAMA)
+    save_adapter(tmp_path / "adapter", decoder, family=family, base_sha256=None)
     asked = []
     report = load_adapter(
-        folder, tiny_decoder(LLAMA), family=family_of_config(LLAMA), base_sha256=lambda: asked.append(1) or BASE
+        tmp_path / "adapter", tiny_decoder(LLAMA), family=family, base_sha256=lambda: asked.append(1) or BASE
     )
     assert len(report.notes) == 1
     assert asked == []

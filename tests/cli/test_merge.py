@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 import freehold
 from adapt.adapters import SETTINGS, adapt, fill
@@ -97,8 +98,8 @@ def test_merging_is_refused_before_anything_is_loaded(folder, adapter, tmp_path)
 
 @pytest.mark.parametrize("command", ["run", "merge"])
 def test_an_adapter_of_another_base_is_refused(command, folder, adapter, tmp_path):
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"freehold_base_sha256": "0" * 64}))
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(save(load(weights.read_bytes()), {"freehold_base_sha256": "0" * 64}))
     arguments = {"run": (folder, "Hello", "--adapter", adapter), "merge": (folder, adapter, "--out", tmp_path / "m")}
     ended = call(command, *arguments[command])
     assert_refused(ended, "CheckpointMismatch")

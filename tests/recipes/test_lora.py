@@ -3,8 +3,7 @@
 import pytest
 
 from cli.folders import write_folder
-from freehold.checkpoint.safetensors import parse_json_object
-from freehold.checkpoint.source import open_source
+from freehold.checkpoint.source import open_adapter, open_source
 from freehold.errors import BadInput
 from freehold.recipes import lora
 from freehold.recipes.loop import Watch
@@ -44,9 +43,9 @@ def test_an_adapter_learns_beside_a_base_that_stays(config, tmp_path):
     losses = [line["loss"] for line in read_metrics(tmp_path / "run")]
     assert losses[-1] < losses[0]
     assert digest_files([base / "model.safetensors"]) == before
-    config_file = tmp_path / "run" / "adapter" / "adapter_config.json"
-    assert before in config_file.read_text()
-    assert parse_json_object(config_file.read_bytes(), file="adapter_config.json")["peft_type"] == "LORA"
+    with open_adapter(tmp_path / "run" / "adapter") as saved:
+        assert saved.header["freehold_base_sha256"] == before
+        assert saved.metadata["peft_type"] == "LORA"
 
 
 def test_a_save_holds_the_adapter_and_not_its_base_and_goes_on_with_the_same_bits(tmp_path):

@@ -23,6 +23,14 @@ from freehold.models.moe import Experts
 from freehold.ops.weight import Adapted, Weight, dense
 
 ALL_LINEAR = "all-linear"
+# What has no adapter here, by the part of a name that tells it.
+UNADAPTED = {
+    "lm_head": "the output head",
+    "embed_tokens": "embeddings",
+    "embeddings": "embeddings",
+    "gate": "routers",
+    "mtp": "multi-token prediction",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +150,11 @@ def module_name(weight_name: str) -> str:
     return weight_name.removesuffix(".weight")
 
 
+def unadapted_part(name: str) -> str | None:
+    """Return what a name is of, where that is a part of a model that has no adapter here."""
+    return next((what for part, what in UNADAPTED.items() if part in name.split(".")), None)
+
+
 def _chosen(decoder: Decoder, targets: tuple[str, ...]) -> list[str]:
     names = list(projections(decoder))
     if ALL_LINEAR in targets:
@@ -150,7 +163,9 @@ def _chosen(decoder: Decoder, targets: tuple[str, ...]) -> list[str]:
     for target, found in chosen.items():
         if not found:
             known = ", ".join(sorted({module_name(name).rpartition(".")[2] for name in names}))
-            raise BadRequest(f"the model has no projection {target!r}", hint=f"it has {known}")
+            what = unadapted_part(target)
+            seen = f"{target!r} is of {what}, where no adapter can be" if what else f"no projection is {target!r}"
+            raise BadRequest(seen, hint=f"adapters can be on {known}")
     wanted = {name for found in chosen.values() for name in found}
     return [name for name in names if name in wanted]
 

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freehold.adapt.lora import ALL_LINEAR, adapted, attach, projections
-from freehold.errors import BadFile, CheckpointMismatch
+from freehold.adapt.lora import ALL_LINEAR, adapted, attach, projections, unadapted_part
+from freehold.errors import BadFile, CheckpointMismatch, UnsupportedModel
 from freehold.models.decoder import Decoder
 from freehold.models.families import Family
 from freehold.models.families.fields import Fields
 
-BASE_KEY = "freehold_base_sha256"  # ours: the digest of the weights that an adapter was made for
+# Ours, in the header of the weight file, where PEFT does not look: the digest of the weights that an adapter was made
+# for. Our first adapters have it in their config.
+BASE_KEY = "freehold_base_sha256"
 NAMES_SHOWN = 4
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
@@ -44,16 +46,13 @@ _UNUSED: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def adapter_config(decoder: Decoder, *, base_sha256: str | None) -> dict[str, Any]:
-    """Return the adapter_config.json of a decoder's adapter.
-
-    base_sha256: of the base's weights (`trust.identity`); None where it has no digest, and then any base is taken.
-    """
+def adapter_config(decoder: Decoder) -> dict[str, Any]:
+    """Return the adapter_config.json of a decoder's adapter."""
     weights = dict(adapted(decoder))
     first = next(iter(weights.values()))
     rank = first.a.shape[-2]
     alpha = float(f"{first.scale * rank:.9g}")
-    config = {
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
@@ -63,7 +62,6 @@ def adapter_config(decoder: Decoder, *, base_sha256: str | None) -> dict[str, An
         "bias": "none",
         "target_modules": sorted({name.removesuffix(".weight").rpartition(".")[2] for name in weights}),
     }
-    return config | ({BASE_KEY: base_sha256} if base_sha256 else {})
 
 
 def adapter_tensors(decoder: Decoder, family: Family) -> dict[str, Tensor]:
@@ -156,7 +154,13 @@ def _check_all_used(
     targets: tuple[str, ...],
 ) -> None:
     used = {module for name in pairs for module in modules[name]}
-    if unused := [key for key in tensors if key.removesuffix(_A).removesuffix(_B) not in used]:
+    unused = [key for key in tensors if key.removesuffix(_A).removesuffix(_B) not in used]
+    if parts := {part for key in unused if (part := unadapted_part(key))}:
+        raise UnsupportedModel(
+            f"the adapter changes {' and '.join(sorted(parts))} ({_shown(unused)}), which have none here",
+            hint="train it again with the projections of blocks alone as target_modules",
+        )
+    if unused:
         raise CheckpointMismatch(f"{len(unused)} tensors of the adapter have no use in this model: {_shown(unused)}")
     if not pairs:
         raise BadFile("adapter_model.safetensors holds no tensors")

@@ -51,13 +51,19 @@ def read_header(buffer: memoryview, *, file: str) -> dict[str, StoredTensor]:
 
     Raises: BadFile, UnsupportedModel.
     """
-    start = 8 + _header_length(buffer, file)
-    header = parse_json_object(bytes(buffer[8:start]), file=file)
+    start, header = _header(buffer, file)
     _check_metadata(header.pop("__metadata__", {}), file)
     tensors = [_tensor(name, entry, start, file) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.num_bytes))
     _check_coverage(tensors, start, len(buffer), file)
     return {tensor.name: tensor for tensor in tensors}
+
+
+def read_metadata(buffer: memoryview, *, file: str) -> dict[str, str]:
+    """Return what the header of one safetensors file says beside its tensors. Raises: BadFile."""
+    metadata: dict[str, str] = _header(buffer, file)[1].get("__metadata__", {})
+    _check_metadata(metadata, file)
+    return metadata
 
 
 def read_index(data: bytes, *, file: str) -> dict[str, str]:
@@ -124,6 +130,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"{shown(duplicate)} occurs twice")
     return fields
+
+
+def _header(buffer: memoryview, file: str) -> tuple[int, dict[str, Any]]:
+    """Return where the data begins, and the JSON before it."""
+    start = 8 + _header_length(buffer, file)
+    return start, parse_json_object(bytes(buffer[8:start]), file=file)
 
 
 def _header_length(buffer: memoryview, file: str) -> int:

@@ -38,6 +38,7 @@ class Source:
     kind: which format the files have. folder: where the files beside the weights are (config.json, tokenizer.json).
     files: the weight files, sorted. tensors: by name.
     metadata: of a GGUF file its keys; of safetensors what config.json holds, empty where there is none.
+    header: of an adapter's file what it says beside its tensors.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Source:
         opened: Iterable["_WeightFile"],
         metadata: Mapping[str, Any],
         tensors: Mapping[str, StoredTensor],
+        header: Mapping[str, str] | None = None,
     ):
         self._opened = {file.path.name: file for file in opened}
         self.kind = kind
@@ -54,6 +56,7 @@ class Source:
         self.folder = self.files[0].parent
         self.metadata = metadata
         self.tensors = tensors
+        self.header = header or {}
 
     def bytes_of(self, name: str) -> Tensor:
         """Return the bytes of a tensor, uint8 [num_bytes]: a view of the memory map, which outlives `close`.
@@ -117,7 +120,7 @@ def open_adapter(folder: Path) -> Source:
         if not (folder / name).is_file():
             raise NotFound(f"there is no {name} in {folder.name or folder}", hint="name the folder of an adapter")
     try:
-        return _open_safetensors(folder / ADAPTER_WEIGHTS, config=ADAPTER_CONFIG)
+        return _open_adapter_weights(folder)
     except OSError as error:
         raise BadFile(f"{folder.name or folder} cannot be read: {error.strerror}") from None
 
@@ -193,8 +196,18 @@ def _open_gguf(path: Path) -> Source:
         return Source(kind="gguf", opened=[file], metadata=metadata, tensors=tensors)
 
 
-def _open_safetensors(path: Path, *, config: str = _CONFIG) -> Source:
-    metadata = _metadata(path.parent / config)
+def _open_adapter_weights(folder: Path) -> Source:
+    metadata = _metadata(folder / ADAPTER_CONFIG)
+    with ExitStack() as until_whole:
+        file = _opened(folder / ADAPTER_WEIGHTS, until_whole)
+        tensors = safetensors.read_header(file.buffer, file=ADAPTER_WEIGHTS)
+        header = safetensors.read_metadata(file.buffer, file=ADAPTER_WEIGHTS)
+        until_whole.pop_all()
+        return Source(kind="safetensors", opened=[file], metadata=metadata, tensors=tensors, header=header)
+
+
+def _open_safetensors(path: Path) -> Source:
+    metadata = _metadata(path.parent / _CONFIG)
     with ExitStack() as until_whole:
         file = _opened(path, until_whole)
         tensors = safetensors.read_header(file.buffer, file=path.name)

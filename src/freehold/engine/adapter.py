@@ -36,15 +36,17 @@ class AdapterReport:
 def save_adapter(folder: Path, decoder: Decoder, *, family: Family, base_sha256: str | None) -> None:
     """Write a decoder's adapter as a new folder that PEFT loads; it comes into being whole or not at all.
 
-    base_sha256: `Identity.weights` of the base, which is then the only one that the adapter is loaded for.
+    base_sha256: `Identity.weights` of the base, which is then the only one that the adapter is loaded for; None where
+        any is taken.
     Raises: BadInput.
     """
     tensors = adapter_tensors(decoder, family)
-    text = json.dumps(adapter_config(decoder, base_sha256=base_sha256), indent=2) + "\n"
+    text = json.dumps(adapter_config(decoder), indent=2) + "\n"
+    header = {BASE_KEY: base_sha256} if base_sha256 else None  # of two keys the library writes either one first
     with new_folder(folder, sum(tensor.nbytes for tensor in tensors.values()) + len(text)) as partial:
         (partial / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
         try:
-            save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            save_file(tensors, partial / ADAPTER_WEIGHTS, metadata=header)
         except SafetensorError as error:  # how the library says that the system refused a write
             raise BadInput(f"{ADAPTER_WEIGHTS} cannot be written: {error}", hint="is the disk full?") from None
         (partial / ADAPTER_WEIGHTS).chmod(0o644)
@@ -58,11 +60,12 @@ def load_adapter(folder: Path, decoder: Decoder, *, family: Family, base_sha256:
     """
     with open_adapter(folder) as source:
         config, notes = source.metadata, list[str]()
-        if (wanted := config.get(BASE_KEY)) is None:
+        named = {place[BASE_KEY] for place in (source.header, config) if BASE_KEY in place}
+        if not named:
             notes.append(f"{folder.name} does not say for which weights it was made: only its shapes were checked")
-        elif wanted != (found := base_sha256()):
+        elif named != {found := base_sha256()}:
             raise CheckpointMismatch(
-                f"{folder.name} was made for weights of SHA-256 {str(wanted)[:16]}, these have {found[:16]}",
+                f"{folder.name} was made for weights of SHA-256 {str(named.pop())[:16]}, these have {found[:16]}",
                 hint="load it with the model that it was made for",
             )
         tensors = {name: read_tensor(source, name, _dtype_of(t)) for name, t in source.tensors.items()}

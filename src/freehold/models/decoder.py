@@ -68,6 +68,8 @@ class Decoder(nn.Module):
         wanted."""
         if not isinstance(states, States) or torch.is_grad_enabled():
             return None
+        if states.program and not states.program.is_current:
+            states.program = None
         if states.program is None and self.is_native():
             program = Program()
             program.set_ends(embeddings=self.embeddings.weight, norm=self.norm.for_kernels, head=self.lm_head.weight)

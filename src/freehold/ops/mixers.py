@@ -45,6 +45,12 @@ class Program:
     def __init__(self) -> None:
         self._native = extension().Program()
         self._kept: list[Any] = []  # whose addresses the native side has
+        self._left_out: list[Adapted] = []  # adapters that added nothing when their weights were given
+
+    @property
+    def is_current(self) -> bool:
+        """Whether adapters that were left out still add nothing."""
+        return all(bare(weight) is weight.base for weight in self._left_out)
 
     def run(self, hidden_TD: Tensor, batch: Batch) -> None:
         """Run all blocks on hidden states. Mutates: hidden_TD, the states."""
@@ -208,6 +214,8 @@ class Program:
 
     def _matrix(self, weight: Weight | None) -> Any:
         self._kept.append(weight)
+        if isinstance(weight, Adapted):
+            self._left_out.append(weight)
         return extension().Matrix() if weight is None else matrix_of(bare(weight))
 
     def _address(self, tensor: Tensor | None) -> int:
