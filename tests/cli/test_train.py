@@ -3,16 +3,19 @@
 import json
 import signal
 import subprocess
+from xml.etree import ElementTree
 
 import httpx
 import pytest
 
 from cli.commands import TIMEOUT_S, assert_refused, call, read_until, spawn
+from freehold.cli.curve import trained_on
 from freehold.recipes.toml import write_settings
-from models.tiny import MTP, NEMOTRON
-from recipes.small import BYTES, pretraining, write_data
+from models.tiny import LLAMA, MTP, NEMOTRON
+from recipes.small import BYTES, TEXTS, pretraining, small_data, write_data
 
 STEPS = 6
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +96,32 @@ def test_a_run_that_is_done_does_nothing_more(folder, straight):
     assert (straight / "metrics.jsonl").read_bytes() == before
 
 
-def test_losses_are_a_picture(straight):
-    picture = (straight / "loss.svg").read_text()
-    assert picture.startswith("<svg")
-    assert f"{unhurried(straight)[-1]['loss']:.4f}" in picture
+def test_losses_are_curves_in_a_picture(folder, straight):
+    (curve,) = curves(straight)
+    assert len(curve) == STEPS
+    heights = [y for _, y in curve]
+    assert heights[-1] > heights[0]  # y goes down the page, and so does the loss
+    write_data(folder, TEXTS[:2], name="other")
+    data = small_data(folder, held_out=(folder / "other",))
+    file = write_run(folder, "measured", LLAMA | BYTES, data=data, evaluate_every=2)
+    assert call("train", "pretrain", file).code == 0
+    assert sorted(map(len, curves(folder / "measured"))) == [STEPS // 2, STEPS]
+
+
+def curves(folder):
+    """Return the curves of a run's picture, each as its points."""
+    drawn = ElementTree.fromstring((folder / "loss.svg").read_text())
+    paths = [path.attrib["d"].replace("M", "").replace("L", "") for path in drawn.iter(f"{SVG}path")]
+    return [[tuple(map(float, pair)) for pair in batched(path.split(), 2)] for path in paths]
+
+
+def batched(values, size):
+    return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+def test_a_long_run_is_a_curve_of_means():
+    lines = [{"step": step, "loss": step % 2, "held_out_loss": None} for step in range(1, 2001)]
+    assert trained_on(lines) == [(4 * number, 0.5) for number in range(1, 501)]
 
 
 def test_what_was_trained_is_served(folder):

@@ -3,29 +3,28 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from freehold.cli.curve import PICTURE, draw_losses
 from freehold.cli.numbers import count_text
-from freehold.cli.picture import BarCell, draw_table, write_picture
 from freehold.cli.progress import waiting
 from freehold.cli.run_file import RecipeName, Set, read_run
 from freehold.cli.terminal import show_line, show_note
 from freehold.errors import BadInput
+from freehold.settings import Settings
 
 if TYPE_CHECKING:
+    from freehold.parallel.processes import Processes
     from freehold.recipes.metrics import StepLine
     from freehold.recipes.recipe import Recipe
     from freehold.recipes.settings import TrainSettings
 
 Preset = Literal["nemotron-3-nano", "nemotron-3-super", "nemotron-3-ultra"]
-PICTURE = "loss.svg"
-PICTURE_ROWS = 32
-BAR_COLOR = "#76b900"
 
 
 def train(
@@ -55,6 +54,7 @@ def train(
       freehold train pretrain --preset nemotron-3-nano > nano.toml
     """
     with waiting("Starting"):
+        from freehold.parallel.processes import said_once
         from freehold.recipes.recipe import RECIPES
         from freehold.recipes.toml import write_example, write_settings
     chosen = RECIPES[recipe]
@@ -68,45 +68,61 @@ def train(
         return 0
     if file is None:
         raise BadInput("which run? a TOML file is wanted", hint="--example prints one")
-    return _follow(chosen, read_run(chosen, file, changes))
+    with said_once(Settings().launch):
+        settings = read_run(chosen, file, changes)
+    return _follow(chosen, settings)
 
 
 def _follow(recipe: "Recipe[TrainSettings]", settings: "TrainSettings") -> int:
     """Run a recipe, show its steps, and return the exit code."""
-    from freehold.evaluate.limits import product_rate
-    from freehold.recipes.loop import ADAPTER, MODEL, Watch, use_threads
+    from freehold.parallel.processes import joined
+    from freehold.recipes.loop import ADAPTER, MODEL, Watch
 
-    peak = product_rate("float32", use_threads(settings)) if settings.device == "cpu" else None
-    ledger = _Ledger(
-        total=settings.schedule.total, operations_per_token=recipe.plan(settings).operations_per_token, peak=peak
-    )
-    with _signals() as received:
-        outcome = recipe.run(
-            settings,
-            Watch(
-                progress=ledger.show,
-                note=lambda text: show_note(f"note: {text}"),
-                should_stop=lambda: bool(received),
-            ),
-        )
+    device_type = settings.device.partition(":")[0]
+    with joined(Settings().launch, device_type=device_type) as processes, _signals(processes) as received:
+        watch = Watch(should_stop=lambda: bool(received))
+        if processes.is_first:
+            ledger = _new_ledger(recipe, settings, processes)
+            watch = replace(watch, progress=ledger.show, note=lambda text: show_note(f"note: {text}"))
+        outcome = recipe.run(settings, watch, processes)
     if not outcome.is_done:
-        show_note(f"saved after step {outcome.step:,} in {settings.out}; the same command goes on from there")
-        return 128 + received[0]
+        if processes.is_first:
+            show_note(f"saved after step {outcome.step:,} in {settings.out}; the same command goes on from there")
+        return 128 + (received or [signal.SIGTERM])[0]  # a process may stop for another's signal
+    if not processes.is_first:
+        return 0
     if outcome.num_taken and not (settings.out / PICTURE).exists():
-        _draw(settings.out)
+        draw_losses(settings.out)
     made = next(path for path in (settings.out / ADAPTER, settings.out / MODEL) if path.exists())
     show_line(f"done: {made}")
     return 0
 
 
+def _new_ledger(recipe: "Recipe[TrainSettings]", settings: "TrainSettings", processes: "Processes") -> "_Ledger":
+    from freehold.evaluate.limits import product_rate
+    from freehold.recipes.loop import use_threads
+
+    peak = product_rate("float32", use_threads(settings)) if settings.device == "cpu" else None
+    return _Ledger(
+        total=settings.schedule.total,
+        operations_per_token=recipe.plan(settings).operations_per_token,
+        peak=peak and peak * processes.count,
+    )
+
+
 @contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Yield a list to which the first Ctrl-C or SIGTERM is added; the second ends the program at once, as always."""
+def _signals(processes: "Processes") -> Iterator[list[int]]:
+    """Yield a list to which the first Ctrl-C or SIGTERM is added; the second ends the program at once, as always.
+
+    Not where torchrun is above: it passes Ctrl-C on by a signal of its own, and sees to it that all end.
+    """
     received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note_first(number: int, frame: FrameType | None) -> None:
         received.append(number)
+        if processes.count > 1:
+            return
         show_note("stopping after this step; once more stops at once, without saving")
         for each, was in before.items():
             signal.signal(each, was)
@@ -153,29 +169,3 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def _draw(folder: Path) -> None:
-    """Write the picture of a run's losses: each row is a stretch of steps, and the mean of its losses."""
-    from freehold.recipes.metrics import read_metrics
-
-    lines = list(read_metrics(folder))
-    size = -(-len(lines) // PICTURE_ROWS)
-    stretches = [lines[start : start + size] for start in range(0, len(lines), size)]
-    losses = [sum(line["loss"] for line in stretch) / len(stretch) for stretch in stretches]
-    rows: list[list[str | BarCell]] = []
-    for stretch, loss in zip(stretches, losses, strict=True):
-        held_out = [line["held_out_loss"] for line in stretch if line["held_out_loss"] is not None]
-        bar = BarCell(text=f"{loss:.4f}", share=loss / max(losses) if max(losses) else 0.0, color=BAR_COLOR)
-        rows.append(
-            [
-                f"{stretch[-1]['step']:,}",
-                bar,
-                f"{held_out[-1]:.4f}" if held_out else "",
-                f"{stretch[-1]['learning_rate']:.2e}",
-            ]
-        )
-    write_picture(
-        folder / PICTURE,
-        draw_table([f"{folder.name}: loss in nats per token"], ["step", "loss", "held out", "rate"], rows),
-    )
