@@ -1,7 +1,6 @@
 """`freehold inspect`: from headers alone, and what it says adds up."""
 
 import json
-import time
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from checkpoint.builders import entry, raw_safetensors
 from cli.commands import call
 from cli.folders import change_config, write_folder
 from freehold.checkpoint.rules import stored_tensors
+from freehold.checkpoint.source import Source
 from freehold.models.decoder import build_decoder
 from freehold.models.families import family_of_config
 from inputs import smollm2_gguf
@@ -54,7 +54,7 @@ def test_a_config_alone_is_enough_to_plan(tmp_path):
     assert seen["notes"] == ["a config without weights: nothing was matched"]
 
 
-def test_a_file_larger_than_any_memory_takes_no_longer(tmp_path):
+def test_a_file_larger_than_any_memory_is_described_without_a_byte_of_its_tensors(tmp_path, monkeypatch):
     """Llama 3 70B in bfloat16: headers, and 141 GB that were never written."""
     config = LLAMAS["llama-3-70b"].config
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -71,7 +71,6 @@ def test_a_file_larger_than_any_memory_takes_no_longer(tmp_path):
             file.truncate(weights.stat().st_size + offset)
         except OSError:
             pytest.skip("this file system has no sparse files of that size")
-    start = time.perf_counter()
+    monkeypatch.delattr(Source, "bytes_of")
     seen = look(tmp_path)
-    assert time.perf_counter() - start < 5
     assert seen["stored_bytes_by_format"] == {"BF16": 2 * 70_553_706_496}
