@@ -41,9 +41,9 @@ def batches_of(lengths: tuple[int, ...], count: int) -> list[Batch]:
     return [packed(lengths[-index:] + lengths[:-index], seed=index) for index in range(count)]
 
 
-def trained(config: Config) -> Decoder:
+def trained(config: Config, dtype: torch.dtype = torch.float32) -> Decoder:
     """Return a decoder of a config that asks for gradients."""
-    decoder = tiny_decoder(config | {"vocab_size": VOCAB})
+    decoder = tiny_decoder(config | {"vocab_size": VOCAB}, dtype=dtype)
     train_all(decoder)
     return decoder
 
@@ -80,9 +80,9 @@ class Outcome:
     norm: float
 
 
-def alone(config: Config, batches: list[Batch], mine: int) -> Outcome:
+def alone(config: Config, batches: list[Batch], mine: int, *, dtype: torch.dtype = torch.float32) -> Outcome:
     """Return what one process makes of all batches; hidden states are those of batch `mine`."""
-    decoder = trained(config)
+    decoder = trained(config, dtype)
     found = []
     for batch in batches:
         loss, parts = losses(decoder, batch)
@@ -101,9 +101,16 @@ def alone(config: Config, batches: list[Batch], mine: int) -> Outcome:
     )
 
 
-def together(processes: Processes, config: Config, batch: Batch, *, recomputes: bool = False) -> Outcome:
+def together(
+    processes: Processes,
+    config: Config,
+    batch: Batch,
+    *,
+    recomputes: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Outcome:
     """Return what this process and the others make of all their batches."""
-    decoder = trained(config)
+    decoder = trained(config, dtype)
     for block in all_blocks(decoder):
         block.recomputes = recomputes
     divided = divide_model(decoder, processes)
@@ -140,6 +147,22 @@ def has_same_bits(processes: Processes, config: Config, lengths: tuple[int, ...]
     batch = batches_of(lengths, processes.size("data", "expert"))[processes.index("data", "expert")]
     first, second = (together(processes, config, batch, recomputes=again) for again in (False, recomputes))
     return all(torch.equal(value, second.gradients[name]) for name, value in first.gradients.items())
+
+
+def errors_in_bfloat16(
+    processes: Processes, config: Config, lengths: tuple[int, ...]
+) -> dict[str, tuple[float, float]]:
+    """Return by name how far gradients in bfloat16 are from those in float32: of the divided model, of one process."""
+    workers, mine = processes.size("data", "expert"), processes.index("data", "expert")
+    batches = batches_of(lengths, workers)
+    exact = alone(config, batches, mine).gradients
+    of_one = alone(config, batches, mine, dtype=torch.bfloat16).gradients
+    of_all = together(processes, config, batches[mine], dtype=torch.bfloat16).gradients
+
+    def error(found: Tensor, expected: Tensor) -> float:
+        return float((found.float() - expected).norm() / expected.norm())
+
+    return {name: (error(of_all[name], value), error(of_one[name], value)) for name, value in exact.items()}
 
 
 def measured(processes: Processes, config: Config, lengths: tuple[int, ...]) -> dict[str, float]:

@@ -65,7 +65,7 @@ def _serve(rank: int, store: Path, pipe: Connection) -> None:
         store=dist.FileStore(str(store), NUM_PROCESSES),
         rank=rank,
         world_size=NUM_PROCESSES,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(minutes=10),
     )
     made: dict[Sizes, Processes] = {}
     while asked := pipe.recv():

@@ -3,6 +3,7 @@
 import pytest
 from parallel.divided import (
     distances,
+    errors_in_bfloat16,
     has_same_bits,
     measured,
     refusal,
@@ -71,6 +72,12 @@ def test_a_divided_step_is_that_of_one_process(fleet: Fleet, sizes: Sizes, model
 
 def bound(name: str) -> float:
     return MAX_ULPS_OF_DECAYS if name.endswith(DECAYS) else MAX_ULPS
+
+
+@pytest.mark.parametrize("sizes", [Sizes(tensor=2, context=2), Sizes(expert=4)], ids=named)
+def test_in_bfloat16_a_divided_step_is_about_as_exact_as_that_of_one_process(fleet: Fleet, sizes: Sizes):
+    for found in fleet.run(errors_in_bfloat16, sizes, MTP, LENGTHS):
+        assert {name: pair for name, pair in found.items() if pair[0] > 2 * pair[1] + 1e-3} == {}
 
 
 @pytest.mark.parametrize("recomputes", [False, True], ids=["kept", "recomputed"])
