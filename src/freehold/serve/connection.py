@@ -1,7 +1,8 @@
 """HTTP connections that do not wait for ever, and the options of uvicorn that go with them.
 
 uvicorn gives a client all the time in the world for the head of a request, for the rest of a body that was refused
-unread, and for taking its answer. Here all have a deadline. Bodies that are read have theirs in limits.py.
+unread, and for taking its answer. Here all have a deadline, and what is not part of a body has a length that it cannot
+exceed. Bodies that are read have their limits in limits.py.
 """
 
 import asyncio
@@ -10,28 +11,32 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-import h11
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from freehold.engine.engine import Engine
 
 
-class Connection(H11Protocol):
-    """A connection that is cut when its client takes too long.
+class Connection(HttpToolsProtocol):
+    """A connection that is cut when its client takes too long, or sends too much that is no body.
 
     head_s: from the connection, or the first byte of a further request, to the end of the headers. discard_s: from an
     answer that did not wait for the body to the end of that body. stalled_s: in which nothing is taken of an answer
-    that has been written.
+    that has been written. unread_bytes: of a head, a chunk's extension, trailers. max_pipelined: requests that were
+    sent before the answer to another one.
     """
 
     head_s: ClassVar[float] = 10.0
     discard_s: ClassVar[float] = 10.0
     stalled_s: ClassVar[float] = 60.0
+    unread_bytes: ClassVar[int] = 32 * 2**10
+    max_pipelined: ClassVar[int] = 8
 
+    _reading: Literal["nothing", "head", "body"] = "nothing"
+    _num_unread = 0  # bytes that came since the last end of a head, of a request, or of a piece of a body
     _deadline: asyncio.TimerHandle | None = None
     _taking: asyncio.TimerHandle | None = None
 
@@ -44,8 +49,38 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take what came."""
+        self._num_unread += len(data)
         super().data_received(data)
+        if self._num_unread > self.unread_bytes:
+            self.transport.abort()
         self._watch()
+
+    def on_message_begin(self) -> None:
+        """Begin a request."""
+        super().on_message_begin()
+        self._reading = "head"
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header. Trailers are left out: by then the headers have been judged."""
+        if self._reading == "head":
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Have the request answered. Raises: OverflowError, which the parser makes a 400, where too many wait."""
+        self._reading, self._num_unread = "body", 0
+        if len(self.pipeline) >= self.max_pipelined:
+            raise OverflowError
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Take a piece of the body."""
+        self._num_unread = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """End a request."""
+        self._reading, self._num_unread = "nothing", 0
+        super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """Go on after an answer."""
@@ -77,11 +112,11 @@ class Connection(H11Protocol):
             self._deadline = self.loop.call_later(limit_s, self.transport.abort)
 
     def _limit_s(self) -> float | None:
-        theirs, ours = self.conn.their_state, self.conn.our_state
-        if theirs is h11.IDLE:
-            is_first = self.cycle is None
-            return self.head_s if is_first or self.conn.trailing_data[0] else None
-        return self.discard_s if theirs is h11.SEND_BODY and ours is h11.DONE else None
+        if self.cycle is not None and not self.cycle.response_complete:
+            return None
+        if self._reading == "body":
+            return self.discard_s
+        return self.head_s if self.cycle is None or self._reading == "head" or self._num_unread else None
 
     def _stop_watch(self) -> None:
         if self._deadline is not None:
@@ -102,14 +137,13 @@ class Connection(H11Protocol):
             self._taking = None
 
 
-# For uvicorn.Config. No websockets, nothing believed that a proxy's headers say, heads of requests bounded.
+# For uvicorn.Config. No websockets, nothing believed that a proxy's headers say.
 UVICORN_OPTIONS: Mapping[str, Any] = MappingProxyType(
     {
         "http": Connection,
         "ws": "none",
         "proxy_headers": False,
         "server_header": False,
-        "h11_max_incomplete_event_size": 32 * 2**10,
         "timeout_keep_alive": 30,
         "limit_concurrency": 1024,
         "backlog": 1024,
