@@ -22,14 +22,13 @@ def load_model(
     name: str, *, device: str, dtype: Dtype | None, threads: int | None, adapter: Path | None = None
 ) -> "Model":
     """Return the model of a path or name, ready to run. What loading had to say is told."""
-    source, described = open_model(name)
+    source, described = open_model(find(name, Settings().models_dir))  # before torch: an unknown name takes no seconds
     with source:
         return load_opened_model(source, described, device=device, dtype=dtype, threads=threads, adapter=adapter)
 
 
-def open_model(name: str) -> "tuple[Source, Described]":
-    """Return the open checkpoint of a path or name, and what its headers say. The source has to be closed."""
-    path = find(name, Settings().models_dir)  # before torch: a name that is not known should not take seconds
+def open_model(path: Path) -> "tuple[Source, Described]":
+    """Return the open checkpoint of a path, and what its headers say. The source has to be closed."""
     with waiting("Starting"):
         from freehold.checkpoint.load import open_described
 

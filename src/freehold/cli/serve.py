@@ -4,17 +4,21 @@ import asyncio
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from freehold.checkpoint.fetch import find
 from freehold.cli import options
 from freehold.cli.keys import DatabaseUrl
 from freehold.cli.loading import load_opened_model, open_model
 from freehold.cli.numbers import bytes_text
 from freehold.cli.progress import waiting
+from freehold.cli.starting import import_torch, starting
 from freehold.cli.terminal import show_line, show_note
 from freehold.errors import BadInput
 from freehold.settings import Settings
@@ -94,7 +98,8 @@ def serve(
         budget_tokens=budget_tokens,
     )
     with _listen(host, port) as listening:
-        loaded, plan = _load(model, plan_of, adapter=adapter, dtype=dtype, threads=threads)
+        with starting() as beside:
+            loaded, plan = _load(model, plan_of, adapter=adapter, dtype=dtype, threads=threads, beside=beside)
         keys_url = (database or Settings().database_url) if require_keys or not _is_loopback(host) else None
         names = (name or _name_of(model), *(alias or ()))
         asyncio.run(_serve(loaded, plan, listening, names=names, keys_url=keys_url, drain_s=drain, log=log))
@@ -128,12 +133,20 @@ def _load(
     adapter: Path | None,
     dtype: options.Dtype | None,
     threads: int | None,
+    beside: Executor,
 ) -> "tuple[Model, ServingPlan]":
-    """Return a model and its plan, which is shown before any weight is read."""
-    source, described = open_model(model)
+    """Return a model and its plan, which is shown before any weight is read.
+
+    beside: imports the server while kernels pack the weights.
+    """
+    path = find(model, Settings().models_dir)  # before torch: a name that is not known should not take seconds
+    import_torch(beside)
+    source, described = open_model(path)
     with source:
         plan = plan_of(described)
         _show_plan(plan)
+        beside.submit(import_module, "freehold.serve.app")
+        beside.submit(import_module, "freehold.serve.connection")
         return load_opened_model(source, described, device="cpu", dtype=dtype, threads=threads, adapter=adapter), plan
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+from pydantic import BaseModel
 from typing_extensions import TypedDict
 
 from freehold.serve.shapes import ERRORS, ReasoningTokens
@@ -67,14 +68,14 @@ class CountedTokens(TypedDict):
     input_tokens: int
 
 
-class MessageErrorDetail(TypedDict):
+class MessageErrorDetail(BaseModel):
     """One line about what went wrong."""
 
     type: str
     message: str
 
 
-class MessageErrorBody(TypedDict):
+class MessageErrorBody(BaseModel):
     """An error."""
 
     type: Literal["error"]

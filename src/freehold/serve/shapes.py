@@ -2,6 +2,7 @@
 
 from typing import Any, Literal, NotRequired
 
+from pydantic import BaseModel
 from typing_extensions import TypedDict
 
 from freehold.serve.answers import AnswerUsage
@@ -195,7 +196,8 @@ class Status(TypedDict):
     status: str
 
 
-class ErrorDetail(TypedDict):
+# Errors only: pydantic reads a class of its own once, a TypedDict anew for each of the ten statuses of every route.
+class ErrorDetail(BaseModel):
     """One line about what went wrong, and the parameter it went wrong with."""
 
     message: str
@@ -204,7 +206,7 @@ class ErrorDetail(TypedDict):
     code: str | None
 
 
-class ErrorBody(TypedDict):
+class ErrorBody(BaseModel):
     """An error."""
 
     error: ErrorDetail
