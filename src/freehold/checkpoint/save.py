@@ -63,6 +63,13 @@ def check_is_free(folder: Path) -> None:
         raise BadInput(f"there is no folder {folder.parent} to put {folder.name} into")
 
 
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Refuse a folder to be, on whose disk there is too little room. Raises: BadInput."""
+    free = shutil.disk_usage(folder.parent).free
+    if free < num_bytes:
+        raise BadInput(f"{folder.name} needs {num_bytes:,} bytes on its disk, {free:,} are free")
+
+
 @contextmanager
 def new_folder(folder: Path, num_bytes: int) -> Iterator[Path]:
     """Make a folder that comes into being with its content, or not at all.
@@ -71,9 +78,7 @@ def new_folder(folder: Path, num_bytes: int) -> Iterator[Path]:
     Raises: BadInput.
     """
     check_is_free(folder)
-    free = shutil.disk_usage(folder.parent).free
-    if free < num_bytes:
-        raise BadInput(f"{folder.name} needs {num_bytes:,} bytes on its disk, {free:,} are free")
+    check_room(folder, num_bytes)
     partial = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         yield partial

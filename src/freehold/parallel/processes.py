@@ -31,13 +31,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from freehold.errors import BadInput, PeerFailed, PeerLost
+from freehold.errors import BadInput, FreeholdError, PeerFailed, PeerLost
 from freehold.settings import Launch
 
 Dimension = Literal["data", "expert", "context", "tensor"]
 # The last one changes fastest: processes that talk most are neighbours.
 DIMENSIONS: tuple[Dimension, ...] = ("data", "expert", "context", "tensor")
 TOKENS: tuple[Dimension, ...] = ("data", "expert", "context")  # along which processes see other tokens
+OWN_SEQUENCES: tuple[Dimension, ...] = ("data", "expert")  # along which these are of other sequences
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # counts are summed where they are, on the CPU
 FAILURES = "freehold/failures"  # in the store of the run: how many processes have failed
@@ -107,6 +108,10 @@ class Processes:
         dist.all_reduce(total, group=self.group(*dimensions))
         return total
 
+    def any(self, flag: bool) -> bool:
+        """Return whether a flag is set in any process; all have to ask."""
+        return bool(self.sum(torch.tensor(int(flag)), *DIMENSIONS))
+
     def group(self, *dimensions: Dimension) -> dist.ProcessGroup:
         """Return the processes along dimensions as a group, in the order of `index`.
 
@@ -150,8 +155,24 @@ def joined(launch: Launch | None, sizes: Sizes = DATA_ALONE, *, device_type: str
     dist.destroy_process_group()  # after a failure the system does it: others may be where they cannot answer
 
 
+@contextmanager
+def said_once(launch: Launch | None) -> Iterator[None]:
+    """Have the first of several processes alone say an error that all of them find alike, before they are joined.
+
+    Raises: PeerFailed in the others.
+    """
+    try:
+        yield
+    except FreeholdError:
+        if launch is None or launch.rank == 0:
+            raise
+        raise PeerFailed("the first process says why") from None
+
+
 def _to_end_with(error: Exception, store: Store) -> Exception:
     """Return what this process ends with: the first to fail says why, and the others that one did."""
+    if isinstance(error, PeerFailed):
+        return error
     try:
         is_first = store.add(FAILURES, 1) == 1
     except RuntimeError:  # the store was another process's, and went with it

@@ -5,12 +5,15 @@ Not here: order and packing (train/order.py, train/packing.py); losses.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from freehold.errors import BadInput
 from freehold.models.decoder import Decoder
+from freehold.parallel.data import let_go
+from freehold.parallel.processes import ALONE, OWN_SEQUENCES, Processes
 from freehold.recipes.settings import DataSettings
 from freehold.text.chat import ChatTemplate
 from freehold.text.tokenizer import Tokenizer
@@ -63,14 +66,21 @@ def open_streams(
 
 
 @torch.no_grad()
-def held_out_loss(decoder: Decoder, stream: Stream) -> float:
-    """Return the mean negative log-likelihood of the supervised tokens of one pass over a stream, nats."""
-    total, num_supervised = 0.0, 0
-    for pack in stream.one_pass():
-        batch = stream.batch(pack, decoder.device)
+def held_out_loss(decoder: Decoder, stream: Stream, processes: Processes = ALONE) -> float:
+    """Return the mean negative log-likelihood of the supervised tokens of one pass over a stream, nats.
+
+    Each process computes as many packs as the others; where the last round has too few, some compute one for nothing.
+    """
+    total, num_supervised, packs = 0.0, 0, stream.one_pass()
+    while together := list(islice(packs, processes.size(*OWN_SEQUENCES))):
+        index = processes.index(*OWN_SEQUENCES)
+        batch = stream.batch(together[index % len(together)], decoder.device)
         hidden_TD = decoder(batch.tokens_T, batch.layout)
         loss, count = decoder.lm_head.loss(hidden_TD, batch.labels_T)
-        total, num_supervised = total + float(loss), num_supervised + count
+        if index < len(together):
+            total, num_supervised = total + float(loss), num_supervised + count
+    let_go(decoder)
+    total, num_supervised = processes.sum(torch.tensor([total, num_supervised], dtype=torch.float64)).tolist()
     if not num_supervised:
         raise BadInput("nothing in the held-out data is trained on in sequences of this length")
     return total / num_supervised

@@ -11,8 +11,9 @@ from freehold.engine.adapter import save_adapter
 from freehold.errors import BadInput
 from freehold.models.decoder import build_decoder
 from freehold.ops.native import kernels
+from freehold.parallel.processes import ALONE, Processes
 from freehold.recipes.fine_tune import FineTuneSettings, begin, describe_model
-from freehold.recipes.loop import ADAPTER, NOBODY, Outcome, Watch, train
+from freehold.recipes.loop import ADAPTER, NOBODY, Outcome, Watch, train, trained_decoder
 from freehold.recipes.plan import RunPlan, run_plan
 from freehold.recipes.settings import SCHEDULE_KEY
 from freehold.recipes.toml import Key
@@ -53,7 +54,7 @@ def plan(settings: LoraRunSettings) -> RunPlan:
     return _plan(describe_model(settings), settings)
 
 
-def run(settings: LoraRunSettings, watch: Watch = NOBODY) -> Outcome:
+def run(settings: LoraRunSettings, watch: Watch = NOBODY, processes: Processes = ALONE) -> Outcome:
     """Train adapters; at the end the run's folder holds `adapter`, as PEFT writes one.
 
     Mutates: the run's folder, torch's number of threads.
@@ -61,9 +62,10 @@ def run(settings: LoraRunSettings, watch: Watch = NOBODY) -> Outcome:
     """
     start = begin(settings, _plan, keep_packed=_keeps_packed(settings), note=watch.note)
     wrap(start.decoder, settings.lora, seed=settings.seed)
-    outcome = train(start.decoder, settings, start.streams, recipe={"recipe": "lora", **start.digests}, watch=watch)
-    if outcome.is_done and not (settings.out / ADAPTER).exists():
-        save_adapter(settings.out / ADAPTER, start.decoder, family=start.described.family, base_sha256=start.sha256)
+    began_with = {"recipe": "lora", **start.digests}
+    outcome = train(start.decoder, settings, start.streams, recipe=began_with, watch=watch, processes=processes)
+    if made := trained_decoder(start.decoder, settings.out / ADAPTER, outcome, processes):
+        save_adapter(settings.out / ADAPTER, made, family=start.described.family, base_sha256=start.sha256)
     return outcome
 
 

@@ -15,8 +15,9 @@ from freehold.errors import BadInput
 from freehold.models.decoder import build_decoder
 from freehold.models.families import family_of_config
 from freehold.models.init import InitSettings, initialize
+from freehold.parallel.processes import ALONE, Processes
 from freehold.recipes.data import open_streams
-from freehold.recipes.loop import MODEL, NOBODY, Outcome, Watch, begin_folder, train, use_threads
+from freehold.recipes.loop import MODEL, NOBODY, Outcome, Watch, begin_folder, train, trained_decoder, use_threads
 from freehold.recipes.plan import RunPlan, check_memory, plan_of
 from freehold.recipes.settings import SCHEDULE_KEY, DataSettings, TrainSettings
 from freehold.recipes.toml import Key
@@ -89,7 +90,7 @@ def plan(settings: PretrainSettings) -> RunPlan:
     return plan_of(family_of_config(config).read_config(config), settings)
 
 
-def run(settings: PretrainSettings, watch: Watch = NOBODY) -> Outcome:
+def run(settings: PretrainSettings, watch: Watch = NOBODY, processes: Processes = ALONE) -> Outcome:
     """Train a new model; at the end the run's folder holds `model`, a checkpoint of its family.
 
     Mutates: the run's folder, torch's number of threads.
@@ -110,11 +111,10 @@ def run(settings: PretrainSettings, watch: Watch = NOBODY) -> Outcome:
     decoder.tie_embeddings()
     initialize(decoder, first, seed=settings.seed)
     train_all(decoder)
-    outcome = train(
-        decoder, settings, streams, recipe={"recipe": "pretrain", "config": digest_config(config)}, watch=watch
-    )
-    if outcome.is_done and not (settings.out / MODEL).exists():
-        save_checkpoint(settings.out / MODEL, decoder, family=family, config=config, write_text_files=text.write_files)
+    began_with = {"recipe": "pretrain", "config": digest_config(config)}
+    outcome = train(decoder, settings, streams, recipe=began_with, watch=watch, processes=processes)
+    if made := trained_decoder(decoder, settings.out / MODEL, outcome, processes):
+        save_checkpoint(settings.out / MODEL, made, family=family, config=config, write_text_files=text.write_files)
     return outcome
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from freehold.parallel.processes import Processes
 from freehold.recipes import lora, pretrain, sft
 from freehold.recipes.loop import Outcome, Watch
 from freehold.recipes.plan import RunPlan
@@ -18,7 +19,7 @@ class Recipe(Generic[Told]):
 
     settings: type[Told]
     plan: Callable[[Told], RunPlan]
-    run: Callable[[Told, Watch], Outcome]
+    run: Callable[[Told, Watch, Processes], Outcome]
     presets: Callable[[], Mapping[str, Told]] = dict
 
 

@@ -13,9 +13,20 @@ from freehold.train.optim import OptimizerSettings
 from freehold.train.schedule import Schedule
 from freehold.train.step import Objective
 
-# What a saved run does not remember: it changes no weight. Data, model and tokenizer may move: they are
-# known by digests.
-FREE_TO_CHANGE = ("out", "save_every", "num_kept", "evaluate_every", "tensorboard", "data", "model", "tokenizer")
+# What a saved run does not remember: it changes no weight. Data, model and tokenizer may move: they are known by
+# digests. Threads and processes are remembered apart, for they change a weight's last bits alone.
+FREE_TO_CHANGE = (
+    "out",
+    "save_every",
+    "num_kept",
+    "evaluate_every",
+    "tensorboard",
+    "data",
+    "model",
+    "tokenizer",
+    "parallel",
+    "threads",
+)
 
 
 FALLING = Schedule(peak=1e-5, end=1e-6, warmup=10, decay=190, total=200, shape="cosine")
@@ -47,11 +58,35 @@ class DataSettings:
     ] = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class ParallelSettings:
+    """How several processes share a run; nothing of it means anything to one alone."""
+
+    weights: Annotated[
+        Literal["replicate", "shard"],
+        Key(
+            says='Whether each process has all weights, or (FSDP2) a part of them and of the optimizer: "shard" is for '
+            "models that one cannot hold. Adapters and Muon want whole weights."
+        ),
+    ] = "replicate"
+    copies: Annotated[
+        int, Key(says="How many copies of a sharded model there are; processes divide evenly into them.", least=1)
+    ] = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what does not fit together. Raises: BadInput."""
+        if self.weights == "replicate" and self.copies > 1:
+            raise BadInput(
+                '`parallel.copies` is for `parallel.weights = "shard"`: replicated weights are copies already'
+            )
+
+
 SCHEDULE_KEY = Key(
     says="The learning rate, in steps: it rises over `warmup` to `peak`, stays, and falls over the last `decay` "
     "to `end` in a shape: linear, cosine or minus_sqrt. `total` is the length of the run; where it is given "
     "alone, the others keep their share of it."
 )
+ALIKE = ParallelSettings()
 EXAMPLE_DATA = DataSettings(train=(Path("./data"),))
 
 
@@ -85,6 +120,10 @@ class TrainSettings:
         int, Key(says="Steps from one measurement on held-out data to the next; the end has one, too.", least=1)
     ] = 100
     tensorboard: Annotated[bool, Key(says="Whether TensorBoard can follow the run, too.")] = False
+    parallel: Annotated[
+        ParallelSettings,
+        Key(says="How the processes that `torchrun --nproc-per-node N -m freehold` starts share a run."),
+    ] = ALIKE
     data: Annotated[DataSettings, Key(says="What is trained on.", example=EXAMPLE_DATA)]
     schedule: Annotated[
         Schedule,

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from freehold.checkpoint.load import Described
 from freehold.checkpoint.save import save_checkpoint
+from freehold.parallel.processes import ALONE, Processes
 from freehold.recipes.fine_tune import FineTuneSettings, begin, describe_model
-from freehold.recipes.loop import MODEL, NOBODY, Outcome, Watch, train
+from freehold.recipes.loop import MODEL, NOBODY, Outcome, Watch, train, trained_decoder
 from freehold.recipes.plan import RunPlan, plan_of
 from freehold.train.optim import train_all
 
@@ -20,7 +21,7 @@ def plan(settings: SftSettings) -> RunPlan:
     return _plan(describe_model(settings), settings)
 
 
-def run(settings: SftSettings, watch: Watch = NOBODY) -> Outcome:
+def run(settings: SftSettings, watch: Watch = NOBODY, processes: Processes = ALONE) -> Outcome:
     """Fine-tune a checkpoint; at the end the run's folder holds `model`, a checkpoint like it.
 
     Mutates: the run's folder, torch's number of threads.
@@ -28,11 +29,12 @@ def run(settings: SftSettings, watch: Watch = NOBODY) -> Outcome:
     """
     start = begin(settings, _plan, note=watch.note)
     train_all(start.decoder)
-    outcome = train(start.decoder, settings, start.streams, recipe={"recipe": "sft", **start.digests}, watch=watch)
-    if outcome.is_done and not (settings.out / MODEL).exists():
+    began_with = {"recipe": "sft", **start.digests}
+    outcome = train(start.decoder, settings, start.streams, recipe=began_with, watch=watch, processes=processes)
+    if made := trained_decoder(start.decoder, settings.out / MODEL, outcome, processes):
         save_checkpoint(
             settings.out / MODEL,
-            start.decoder,
+            made,
             family=start.described.family,
             config=start.described.config,
             write_text_files=start.text.write_files,

@@ -5,6 +5,9 @@
                          run.json              the step, tokens so far, where the data goes on, the config
                          SHA256SUMS            of the three, as `sha256sum -c` reads it
 
+Where processes have parts of the weights, each writes its own of weights and state into one file, beside the steps that
+follow. Either form is taken up by any number of processes, with whole weights or parts of them.
+
 The same bits come of a step on the same machine with the same number of threads: torch's sums in a backward pass depend
 on it.
 
@@ -28,13 +31,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from freehold.checkpoint.safetensors import DTYPES, parse_json_object
-from freehold.checkpoint.save import new_folder
+from freehold.checkpoint.save import check_room, new_folder
 from freehold.checkpoint.source import open_source
-from freehold.errors import BadFile, BadInput, CheckpointMismatch
+from freehold.errors import BadFile, BadInput, CheckpointMismatch, PeerFailed
 from freehold.models.decoder import Decoder
+from freehold.parallel.checkpoint import Saver, describe_parts, read_parts
+from freehold.parallel.data import like, local
+from freehold.parallel.processes import ALONE, Processes
 from freehold.train.optim import Optimizer
 
 WEIGHTS, STATE, RECORD, DIGESTS = "weights.safetensors", "state.safetensors", "run.json", "SHA256SUMS"
+OF_OPTIMIZER, OF_RANDOM = "optimizer/", "random/"  # how names of the state begin
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _DIGEST_LINE = re.compile(r"([0-9a-f]{64})  (\S+)")
 
@@ -44,47 +51,97 @@ class Run:
     """Everything that decides how a run goes on, beside torch's random numbers.
 
     config: whatever else decides it, as JSON; a run goes on only with the config that it began with.
+    machine: what the bits of a step depend on beside that, as JSON. A run goes on with the same one, too, unless there
+        are other `processes` in it: then the next steps are the same within rounding.
     step, num_tokens: done so far. cursor: where the data goes on, as JSON.
+    processes: those that make the run together. saver: where they have parts of the weights.
     """
 
     decoder: Decoder
     optimizer: Optimizer
     config: Mapping[str, Any]
+    machine: Mapping[str, Any] = field(default_factory=dict)
     step: int = 0
     num_tokens: int = 0
     cursor: Mapping[str, Any] = field(default_factory=dict)
+    processes: Processes = ALONE
+    saver: Saver | None = None
 
 
 def save_run(folder: Path, run: Run, *, num_kept: int = 2) -> Path:
     """Save a run beside what was saved of it before, and return where; the oldest go, so that num_kept stay.
 
-    The new one is on the disk before anything goes, and at no time is there a part of it under its name.
+    The new one is on the disk before anything goes, and at no time is there a part of it under its name. Parts are
+    there when `finish_saving` says so, or the next save begins.
     Raises: BadInput where the disk refuses; what was saved before stays.
     """
     assert num_kept > 0, "one has to stay"
     path = folder / f"step-{run.step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".step-*"):  # by a process that was killed while it saved
-        shutil.rmtree(left, ignore_errors=True)
-    if path.exists() and _fault(path) is None:
+    finish_saving(run)
+    if run.processes.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".step-*"):  # by a process that was killed while it saved
+            shutil.rmtree(left, ignore_errors=True)
+    if run.processes.any(run.processes.is_first and path.exists() and _fault(path) is None):
         return path
-    shutil.rmtree(path, ignore_errors=True)
+    if run.processes.is_first:
+        shutil.rmtree(path, ignore_errors=True)
+    if run.saver:
+        _begin_to_save_parts(path, run, run.saver, num_kept)
+    elif run.processes.is_first:
+        _save_whole(path, run, num_kept)
+    return path
+
+
+def finish_saving(run: Run) -> None:
+    """Wait until what was saved last is on the disk. Raises: BadInput where the disk refuses."""
+    if run.saver:
+        run.saver.finish()
+
+
+def _save_whole(path: Path, run: Run, num_kept: int) -> None:
     weights, state, record = _weights(run), _state(run), _record(run)
     try:
         with new_folder(path, sum(t.nbytes for t in (*weights.values(), *state.values())) + len(record)) as partial:
             save_file(weights, partial / WEIGHTS)
             save_file(state, partial / STATE)
             (partial / RECORD).write_bytes(record)
-            (partial / DIGESTS).write_text("".join(f"{_digest(partial / n)}  {n}\n" for n in (WEIGHTS, STATE, RECORD)))
-            for file in (*partial.iterdir(), partial):
-                _write_through(file)
-        _write_through(folder)
+            _seal(partial)
+        _write_through(path.parent)
     except (OSError, SafetensorError) as error:
         hint = "is the disk full? what was saved before is still there"
-        raise BadInput(f"step {run.step} cannot be saved in {folder.name}: {_reason(error)}", hint=hint) from None
+        raise BadInput(f"step {run.step} cannot be saved in {path.parent.name}: {_reason(error)}", hint=hint) from None
+    _keep_newest(path.parent, num_kept)
+
+
+def _begin_to_save_parts(path: Path, run: Run, saver: Saver, num_kept: int) -> None:
+    tensors, record = _weights(run) | _state(run), _record(run)
+    partial = path.with_name(f".{path.name}")  # as all processes call it
+    if run.processes.is_first:
+        check_room(path, sum(tensor.nbytes for tensor in tensors.values()))
+    run.processes.any(False)  # nobody writes before what was left there has gone
+
+    def commit() -> None:
+        (partial / RECORD).write_bytes(record)
+        _seal(partial)
+        partial.rename(path)
+        _write_through(path.parent)
+        _keep_newest(path.parent, num_kept)
+
+    saver.begin(partial, tensors, commit=commit)
+
+
+def _seal(folder: Path) -> None:
+    """Write the digests of a folder's files beside them, and all of it to the disk."""
+    names = sorted((file.name for file in folder.iterdir()), key=lambda name: (name == RECORD, name == STATE, name))
+    (folder / DIGESTS).write_text("".join(f"{_digest(folder / name)}  {name}\n" for name in names))
+    for file in (*folder.iterdir(), folder):
+        _write_through(file)
+
+
+def _keep_newest(folder: Path, num_kept: int) -> None:
     for _, old in _saved(folder)[num_kept:]:
         shutil.rmtree(old, ignore_errors=True)
-    return path
 
 
 def resume_run(folder: Path, run: Run) -> tuple[str, ...]:
@@ -97,11 +154,12 @@ def resume_run(folder: Path, run: Run) -> tuple[str, ...]:
     """
     passed: list[str] = []
     for _, path in _saved(folder):
-        fault = _fault(path)
-        if fault is None:
-            _load(path, run)
-            return tuple(passed)
+        fault = _fault(path) if run.processes.is_first else None
+        if not run.processes.any(fault is not None):
+            return (*passed, *_load(path, run))
         passed.append(f"{path.name} is not whole: {fault}")
+    if passed and not run.processes.is_first:
+        raise PeerFailed("the first process says what is wrong with it")
     if passed:
         raise BadFile(f"nothing in {folder.name} is whole, first {passed[0]}", hint="begin again in another folder")
     return ()
@@ -121,8 +179,12 @@ def _moved(decoder: Decoder) -> dict[str, Tensor]:
 
 
 def _state(run: Run) -> dict[str, Tensor]:
-    state = {f"optimizer/{name}": tensor.contiguous() for name, tensor in run.optimizer.tensors().items()}
-    return state | {f"random/{device}": numbers for device, numbers in _random_numbers(run.decoder)}
+    parameters = dict(run.decoder.named_parameters())
+    state = {
+        f"{OF_OPTIMIZER}{name}": like(tensor.contiguous(), parameters.get(name.rpartition("/")[0], tensor))
+        for name, tensor in run.optimizer.tensors().items()
+    }
+    return state | {f"{OF_RANDOM}{device}": numbers for device, numbers in _random_numbers(run.decoder)}
 
 
 def _random_numbers(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
@@ -133,22 +195,45 @@ def _random_numbers(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
 
 def _record(run: Run) -> bytes:
     record = {"step": run.step, "num_tokens": run.num_tokens, "cursor": run.cursor, "config": run.config}
+    record |= {"machine": run.machine}
     text = json.dumps(record, indent=2, ensure_ascii=False)
     assert json.loads(text) == record, "a cursor or config would come back as something else"
     return (text + "\n").encode()
 
 
-def _load(path: Path, run: Run) -> None:
+def _load(path: Path, run: Run) -> tuple[str, ...]:
+    """Take up a state, and return what is worth a note. Mutates: run."""
     record = parse_json_object((path / RECORD).read_bytes(), file=f"{path.name}/{RECORD}")
     _check_config(record["config"], run.config)
-    _fill(_moved(run.decoder), _read(path / WEIGHTS))
-    state = _read(path / STATE)
-    of_optimizer = {name: tensor for name, tensor in state.items() if name.startswith("optimizer/")}
-    run.optimizer.load_tensors({name.removeprefix("optimizer/"): tensor for name, tensor in of_optimizer.items()})
-    torch.set_rng_state(state["random/cpu"].clone())
-    if "random/cuda" in state and run.decoder.device.type == "cuda":
-        torch.cuda.set_rng_state(state["random/cuda"].clone(), run.decoder.device)
+    then, now = (machine.get("processes") for machine in (record.get("machine", {}), run.machine))
+    if then == now:
+        _check_config(record.get("machine", {}), run.machine)
+    is_whole = run.saver is None and (path / WEIGHTS).exists()
+    tensors = {**_read(path / WEIGHTS), **_read(path / STATE)} if is_whole else _read_parts(path, run)
+    weights = {n: tensor for n, tensor in tensors.items() if not n.startswith((OF_OPTIMIZER, OF_RANDOM))}
+    _fill(_moved(run.decoder), weights)
+    state = {n.removeprefix(OF_OPTIMIZER): local(t) for n, t in tensors.items() if n.startswith(OF_OPTIMIZER)}
+    run.optimizer.load_tensors(state)
+    torch.set_rng_state(tensors[f"{OF_RANDOM}cpu"].clone())
+    if f"{OF_RANDOM}cuda" in tensors and run.decoder.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors[f"{OF_RANDOM}cuda"].clone(), run.decoder.device)
     run.step, run.num_tokens, run.cursor = record["step"], record["num_tokens"], record["cursor"]
+    return () if then == now else (f"{path.name} was made by {then}; {now} go on within rounding, not bit for bit",)
+
+
+def _read_parts(path: Path, run: Run) -> dict[str, Tensor]:
+    """Return of each tensor in a folder what this process has of it."""
+    parameters = dict(run.decoder.named_parameters())
+
+    def empty(name: str, stored: Tensor) -> Tensor:
+        owner = parameters.get(name.removeprefix(OF_OPTIMIZER).rpartition("/")[0] or name)
+        if owner is None or owner.shape != stored.shape:
+            return torch.empty(stored.shape, dtype=stored.dtype)
+        return like(torch.empty_like(local(owner), dtype=stored.dtype, requires_grad=False), owner)
+
+    tensors = {name: empty(name, stored) for name, stored in describe_parts(path).items()}
+    read_parts(path, tensors)
+    return tensors
 
 
 def _check_config(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -168,7 +253,7 @@ def _fill(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None
         if found != wanted:
             raise CheckpointMismatch(f"`{name}` was saved as {found}, the model has {wanted}")
     for name, parameter in parameters.items():
-        parameter.copy_(saved[name])
+        local(parameter).copy_(local(saved[name]))
 
 
 def _kind(tensor: Tensor | None) -> str:
@@ -194,8 +279,11 @@ def _fault(path: Path) -> str | None:
     """Return what is not as it was saved, None where all is."""
     try:
         lines = [_DIGEST_LINE.fullmatch(line) for line in (path / DIGESTS).read_text(encoding="ascii").splitlines()]
-        if [line and line[2] for line in lines] != [WEIGHTS, STATE, RECORD]:
+        names = {line[2] for line in lines if line}
+        if None in lines or RECORD not in names or not names - {RECORD}:
             return f"{DIGESTS} is damaged"
+        if more := {file.name for file in path.iterdir()} - names - {DIGESTS}:
+            return f"{min(more)} is not in {DIGESTS}"
         changed = [line[2] for line in lines if line and _digest(path / line[2]) != line[1]]
         return f"{changed[0]} has another digest" if changed else None
     except (OSError, UnicodeDecodeError) as error:
