@@ -9,10 +9,16 @@ from hypothesis import strategies as st
 
 from freehold.engine.request import Request, SamplingParams
 from freehold.engine.scheduler import Limits, Scheduler
+from freehold.engine.sequence import Sequence
 from freehold.errors import BadRequest, Overloaded
 
 END = 7
 SMALL = Limits(num_slots=4, num_pages=8, page_size=4, budget_tokens=10, max_positions=24)
+
+
+def add(scheduler: Scheduler, request: Request, *, now_s: float) -> Sequence:
+    (sequence,) = scheduler.add([request], now_s=now_s)
+    return sequence
 
 
 def asks(prompt=3, answer=5, **fields):
@@ -77,7 +83,7 @@ def test_nothing_leaks_and_every_request_ends_once_whatever_comes(given_limits, 
                 deadline_s=choose.choice([None, None, 40.0]),
             )
             try:
-                sequence = scheduler.add(request, now_s=now_s)
+                sequence = add(scheduler, request, now_s=now_s)
                 alive[sequence.number] = sequence
             except (BadRequest, Overloaded):
                 refused += 1
@@ -118,9 +124,9 @@ def test_nothing_leaks_and_every_request_ends_once_whatever_comes(given_limits, 
 
 def test_a_long_prompt_is_read_in_chunks_beside_others_that_answer():
     scheduler = Scheduler(SMALL)
-    short = scheduler.add(asks(2), now_s=0)
+    short = add(scheduler, asks(2), now_s=0)
     assert step(scheduler) == {short: 2}
-    long = scheduler.add(asks(15), now_s=0)
+    long = add(scheduler, asks(15), now_s=0)
     assert step(scheduler) == {short: 1, long: 9}
     assert step(scheduler) == {short: 1, long: 6}
     assert step(scheduler) == {short: 1, long: 1}
@@ -128,7 +134,7 @@ def test_a_long_prompt_is_read_in_chunks_beside_others_that_answer():
 
 def test_who_ranks_last_is_preempted_when_pages_run_out_and_goes_on_later():
     scheduler = Scheduler(Limits(num_slots=2, num_pages=4, page_size=4, budget_tokens=10, max_positions=16))
-    first, second = (scheduler.add(asks(4, 12), now_s=0) for _ in range(2))
+    first, second = (add(scheduler, asks(4, 12), now_s=0) for _ in range(2))
     for _ in range(5):
         step(scheduler)
     assert scheduler.num_preemptions == 0
@@ -144,9 +150,9 @@ def test_who_ranks_last_is_preempted_when_pages_run_out_and_goes_on_later():
 
 def test_a_higher_priority_goes_first_and_takes_the_room_of_a_lower_one():
     scheduler = Scheduler(Limits(num_slots=1, num_pages=8, page_size=4, budget_tokens=10, max_positions=24))
-    low = scheduler.add(asks(priority=0), now_s=0)
+    low = add(scheduler, asks(priority=0), now_s=0)
     step(scheduler)
-    urgent = scheduler.add(asks(priority=1), now_s=0)
+    urgent = add(scheduler, asks(priority=1), now_s=0)
     assert list(step(scheduler)) == [urgent]
     assert not low.is_running
     assert run_down(scheduler) == [urgent, low]
@@ -154,10 +160,10 @@ def test_a_higher_priority_goes_first_and_takes_the_room_of_a_lower_one():
 
 def test_who_pauses_for_a_higher_priority_keeps_its_room_and_computes_no_token_twice():
     scheduler = Scheduler(SMALL)
-    low = scheduler.add(asks(4, 5, priority=0), now_s=0)
+    low = add(scheduler, asks(4, 5, priority=0), now_s=0)
     step(scheduler)
     owned = (list(low.pages), low.slot, low.num_computed)
-    urgent = scheduler.add(asks(20, 3, priority=1), now_s=0)
+    urgent = add(scheduler, asks(20, 3, priority=1), now_s=0)
     for _ in range(2):  # its prompt takes the whole budget of two steps
         assert step(scheduler) == {urgent: 10}
         assert (low.pages, low.slot, low.num_computed) == owned
@@ -167,9 +173,9 @@ def test_who_pauses_for_a_higher_priority_keeps_its_room_and_computes_no_token_t
 
 def test_a_tenant_with_many_requests_does_not_keep_another_waiting():
     scheduler = Scheduler(Limits(num_slots=1, num_pages=8, page_size=4, budget_tokens=10, max_positions=24))
-    many = [scheduler.add(asks(tenant="many"), now_s=0) for _ in range(10)]
+    many = [add(scheduler, asks(tenant="many"), now_s=0) for _ in range(10)]
     step(scheduler)
-    one = scheduler.add(asks(tenant="one"), now_s=0)
+    one = add(scheduler, asks(tenant="one"), now_s=0)
     order = run_down(scheduler)
     assert order.index(one) == 1
     assert set(order) == {*many, one}
@@ -178,8 +184,8 @@ def test_a_tenant_with_many_requests_does_not_keep_another_waiting():
 def test_shares_are_by_weight():
     scheduler = Scheduler(Limits(num_slots=1, num_pages=8, page_size=4, budget_tokens=10, max_positions=24))
     for _ in range(40):
-        scheduler.add(asks(tenant="light"), now_s=0)
-        scheduler.add(asks(tenant="heavy", weight=3.0), now_s=0)
+        add(scheduler, asks(tenant="light"), now_s=0)
+        add(scheduler, asks(tenant="heavy", weight=3.0), now_s=0)
     first = Counter(sequence.request.tenant for sequence in run_down(scheduler)[:40])
     assert first["heavy"] == pytest.approx(30, abs=2)
 
@@ -187,12 +193,12 @@ def test_shares_are_by_weight():
 def test_rest_earns_no_credit():
     scheduler = Scheduler(Limits(num_slots=1, num_pages=8, page_size=4, budget_tokens=10, max_positions=24))
     for _ in range(8):
-        scheduler.add(asks(tenant="busy"), now_s=0)
+        add(scheduler, asks(tenant="busy"), now_s=0)
     for _ in range(20):
         step(scheduler)
     for _ in range(8):
-        scheduler.add(asks(tenant="late"), now_s=0)
-        scheduler.add(asks(tenant="busy"), now_s=0)
+        add(scheduler, asks(tenant="late"), now_s=0)
+        add(scheduler, asks(tenant="busy"), now_s=0)
     next_ones = [sequence.request.tenant for sequence in run_down(scheduler)[:8]]
     assert 3 <= next_ones.count("late") <= 5
 
@@ -202,28 +208,42 @@ def test_what_can_never_run_is_refused_with_the_numbers():
     with pytest.raises(
         BadRequest, match="the prompt has 20 tokens and an answer of up to 5, there is room for 24 in all"
     ):
-        scheduler.add(asks(20, 5), now_s=0)
-    assert scheduler.add(asks(20, None), now_s=0).num_tokens == 4
+        add(scheduler, asks(20, 5), now_s=0)
+    assert add(scheduler, asks(20, None), now_s=0).num_tokens == 4
     small = Scheduler(Limits(num_slots=4, num_pages=2, page_size=4, budget_tokens=10, max_positions=24))
     with pytest.raises(BadRequest, match="there is room for 8 in all"):
-        small.add(asks(8, None), now_s=0)
+        add(small, asks(8, None), now_s=0)
 
 
 def test_more_waiting_than_there_may_be_are_refused_and_those_there_are_kept():
     scheduler = Scheduler(
         Limits(num_slots=1, num_pages=8, page_size=4, budget_tokens=9, max_positions=24, max_waiting=2)
     )
-    kept = [scheduler.add(asks(), now_s=0) for _ in range(2)]
+    kept = [add(scheduler, asks(), now_s=0) for _ in range(2)]
     with pytest.raises(Overloaded):
-        scheduler.add(asks(), now_s=0)
+        add(scheduler, asks(), now_s=0)
     assert set(run_down(scheduler)) == set(kept)
+
+
+@pytest.mark.parametrize(
+    ("requests", "error"), [([asks(), asks(20, 5)], BadRequest), ([asks(), asks()], Overloaded)], ids=["long", "many"]
+)
+def test_requests_that_belong_together_are_taken_in_all_or_none(requests, error):
+    scheduler = Scheduler(
+        Limits(num_slots=1, num_pages=8, page_size=4, budget_tokens=9, max_positions=24, max_waiting=2)
+    )
+    before = add(scheduler, asks(), now_s=0)
+    with pytest.raises(error):
+        scheduler.add(requests, now_s=0)
+    assert scheduler.num_waiting == 1
+    assert run_down(scheduler) == [before]
 
 
 @pytest.mark.parametrize("runs_first", [True, False])
 def test_a_deadline_ends_a_request_that_runs_or_waits(runs_first):
     scheduler = Scheduler(Limits(num_slots=1, num_pages=8, page_size=4, budget_tokens=10, max_positions=24))
     requests = [asks(deadline_s=2.0), asks()]
-    late, other = (scheduler.add(r, now_s=0) for r in (requests if runs_first else requests[::-1]))
+    late, other = (add(scheduler, r, now_s=0) for r in (requests if runs_first else requests[::-1]))
     late, other = (late, other) if runs_first else (other, late)
     step(scheduler, now_s=1.9)
     plan = scheduler.plan(now_s=2.0)
@@ -233,7 +253,7 @@ def test_a_deadline_ends_a_request_that_runs_or_waits(runs_first):
 
 def test_those_of_a_step_that_failed_run_alone_until_one_fails_alone():
     scheduler = Scheduler(SMALL)
-    good, bad = (scheduler.add(asks(8, 3), now_s=0) for _ in range(2))
+    good, bad = (add(scheduler, asks(8, 3), now_s=0) for _ in range(2))
     assert scheduler.suspect(scheduler.plan(now_s=0)) == []
     assert list(step(scheduler)) == [good]
     plan = scheduler.plan(now_s=0)
@@ -245,9 +265,9 @@ def test_those_of_a_step_that_failed_run_alone_until_one_fails_alone():
 
 def test_who_had_no_part_in_a_step_that_failed_pauses_and_computes_no_token_twice():
     scheduler = Scheduler(SMALL)
-    bystander = scheduler.add(asks(4, 5), now_s=0)
+    bystander = add(scheduler, asks(4, 5), now_s=0)
     step(scheduler)
-    suspects = [scheduler.add(asks(3, 3, priority=1), now_s=0) for _ in range(2)]
+    suspects = [add(scheduler, asks(3, 3, priority=1), now_s=0) for _ in range(2)]
     plan = scheduler.plan(now_s=0)
     plan.runs = [run for run in plan.runs if run.sequence in suspects]
     assert scheduler.suspect(plan) == []

@@ -5,6 +5,7 @@ of prompts, of biases, of tools without an end; and against a limit that one of 
 """
 
 import tracemalloc
+from datetime import UTC, datetime
 
 import httpx
 import pytest
@@ -14,6 +15,7 @@ from cli.folders import write_folder
 from freehold.engine.engine import Engine
 from freehold.engine.model import load
 from freehold.engine.scheduler import Limits
+from freehold.serve.keys import DayUsage
 from freehold.serve.schema import ChatRequest, CompletionRequest
 from freehold.serve.terms import Terms
 from museum.asked import ANSWERED, ASK, MODEL
@@ -27,11 +29,13 @@ FEW_BYTES = 1 << 20
 
 TOO_MUCH = {
     "a long prompt": ("/v1/completions", {"prompt": LONG}),
+    "a long prompt after a short one": ("/v1/completions", {"prompt": ["a", LONG]}),
     "many ids": ("/v1/completions", {"prompt": [1] * 5000}),
     "a long chat": ("/v1/chat/completions", {"messages": SAID}),
     "a long message": ("/v1/messages", {"messages": SAID, "max_tokens": 4}),
     "a long input": ("/v1/responses", {"input": LONG}),
     "a long text to embed": ("/v1/embeddings", {"input": LONG}),
+    "a long text to embed after a short one": ("/v1/embeddings", {"input": ["a", LONG]}),
     "a long answer": ("/v1/completions", {"prompt": "a", "max_tokens": HUGE}),
     "a long answer in a chat": ("/v1/chat/completions", {"messages": ASK, "max_tokens": HUGE}),
     "a long answer to a message": ("/v1/messages", {"messages": ASK, "max_tokens": HUGE}),
@@ -72,6 +76,26 @@ def test_a_request_whose_worst_case_is_beyond_its_keys_quota_computes_nothing(wi
     assert answer.status_code == 429
     assert int(answer.headers["retry-after"]) >= 1
     assert stats_of(witnessed) == before
+    witnessed.keys.revoke(key.id)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 60}),
+        ("/v1/completions", {"prompt": "a", "n": 2, "max_tokens": 60}),
+        ("/v1/chat/completions", {"messages": ASK, "n": 2, "max_tokens": 40}),
+        ("/v1/embeddings", {"input": ["a" * 60, "b" * 60]}),
+    ],
+    ids=["prompts", "continuations", "choices", "texts"],
+)
+def test_answers_that_a_quota_holds_singly_but_not_together_are_refused_together(witnessed, path, body):
+    key, token = witnessed.keys.add("small", Terms(tokens_per_day=100))
+    before = stats_of(witnessed)
+    answer = witnessed.ask(path, {"model": MODEL, **body}, headers={"x-api-key": token})
+    assert answer.status_code == 429
+    assert stats_of(witnessed) == before
+    assert witnessed.keys.usage_on(datetime.now(UTC).date())[key.id] == DayUsage()
     witnessed.keys.revoke(key.id)
 
 

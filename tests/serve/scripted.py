@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Sequence
 
 from freehold.serve.answers import AnswerUsage, Chat, Delta, Options, Prompt
 from freehold.serve.caller import Caller
@@ -34,8 +34,10 @@ class ScriptedAnswers:
         self.chats.append(chat)
         return Prompt(ids=tuple(range(NUM_PROMPT_TOKENS)), text="", tools=chat.tools)
 
-    async def stream(self, prompt: Prompt, options: Options, caller: Caller) -> AsyncIterator[Delta]:
-        self.options.append(options)
+    async def stream(
+        self, asked: Sequence[tuple[Prompt, Options]], caller: Caller
+    ) -> AsyncGenerator[tuple[int, Delta], None]:
+        self.options += [options for _, options in asked]
         try:
             for delta in self.script:
                 if delta is None:
@@ -43,7 +45,8 @@ class ScriptedAnswers:
                 elif isinstance(delta, Exception):
                     raise delta
                 else:
-                    yield delta
+                    for place in range(len(asked)):
+                        yield place, delta
         finally:
             self.closed.set()
 

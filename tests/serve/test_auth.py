@@ -288,7 +288,7 @@ def test_a_websocket_is_refused(keys):
 
 
 def test_on_loopback_no_key_is_needed_and_any_is_fine(open_client):
-    everything = {"key_id": "", "weight": 1.0, "scopes": ["admin", "infer", "metrics"]}
+    everything = {"key_id": "", "weight": 1.0, "scopes": ["admin", "infer", "metrics", "priority"]}
     assert open_client.get("/v1/models").json() == everything
     assert open_client.get("/v1/models", headers=bearer("none")).json() == everything
     assert open_client.get("/metrics").status_code == 200

@@ -95,7 +95,7 @@ def test_an_answer_that_fails_counts_as_failed():
     meters = Meters(engine_of(smollm2_gguf()), "m")
     answers = metered(ScriptedAnswers(said(text("a")), EngineFailed("it failed")), meters)
     with pytest.raises(EngineFailed):
-        asyncio.run(_read(answers.stream(None, None, None)))
+        asyncio.run(_read(answers.stream([(None, None)], None)))
     assert (
         meters.registry.get_sample_value("freehold_answers_total", {"model_name": "m", "finished_reason": "failed"})
         == 1

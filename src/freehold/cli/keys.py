@@ -52,7 +52,10 @@ def keys(context: typer.Context) -> None:
 def add(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Whose it is, or what for.", show_default=False)],
     scopes: Annotated[
-        str, typer.Option(help="What it opens, with commas between: infer (the models), metrics, admin.")
+        str,
+        typer.Option(
+            help="What it opens, with commas between: infer (the models), priority (ahead of others), metrics, admin."
+        ),
     ] = "infer",
     expires: Annotated[
         str | None,

@@ -7,7 +7,7 @@ Belongs here: the thread, who is told what, and that one request's failure is no
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -93,23 +93,31 @@ class Engine:
         self.close()
 
     def submit(self, request: Request, listener: Listener) -> int:
-        """Take a request in and return its number. Any thread may call this.
+        """Take a request in and return its number, as `submit_all` does."""
+        return self.submit_all([(request, listener)])[0]
 
-        listener: called with each event, on the engine's thread, which waits for it: it has to be quick.
+    def submit_all(self, asked: Iterable[tuple[Request, Listener]]) -> list[int]:
+        """Take requests in, all or none, and return their numbers. Any thread may call this.
+
+        Each listener is called with each event, on the engine's thread, which waits for it: it has to be quick.
         Raises: BadRequest, Overloaded, Draining, EngineFailed; then nothing has been taken in.
         """
-        check_prompt(self.model.decoder, request.prompt, room_tokens=0)
-        if request.weight <= 0:
-            raise BadRequest(f"a weight of {request.weight} is no share")
+        requests, listeners = zip(*asked, strict=True)
+        for request in requests:
+            check_prompt(self.model.decoder, request.prompt, room_tokens=0)
+            if request.weight <= 0:
+                raise BadRequest(f"a weight of {request.weight} is no share")
         with self._changed:
             if self._has_failed:
                 raise EngineFailed("the engine broke and runs nothing more; its log says why")
             if self._is_draining or self._is_closed:
                 raise Draining("the server is about to stop", hint="ask another one, or again in a minute")
-            sequence = self._scheduler.add(request, now_s=time.monotonic())
-            self._told[sequence] = _Told(listener=listener)
+            sequences = self._scheduler.add(requests, now_s=time.monotonic())
+            self._told |= {
+                sequence: _Told(listener=listener) for sequence, listener in zip(sequences, listeners, strict=True)
+            }
             self._changed.notify_all()
-        return sequence.number
+        return [sequence.number for sequence in sequences]
 
     def cancel(self, number: int) -> None:
         """End a request, if it has not ended: what it owns is free before the next step. Any thread may call this."""

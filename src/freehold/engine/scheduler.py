@@ -83,11 +83,19 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
-    def add(self, request: Request, *, now_s: float) -> Sequence:
-        """Take a request in; it waits. Raises: TooLong where it can never run, Overloaded where too many wait."""
-        num_tokens = self.longest_answer(request)
-        if len(self._waiting) >= self.limits.max_waiting:
-            raise Overloaded(f"{len(self._waiting)} requests are waiting", hint="try again later")
+    def add(self, requests: Iterable[Request], *, now_s: float) -> list[Sequence]:
+        """Take requests in, all or none; they wait.
+
+        Raises: TooLong where one can never run, Overloaded where too many would wait.
+        """
+        lengths = [(request, self.longest_answer(request)) for request in requests]
+        if len(self._waiting) + len(lengths) > self.limits.max_waiting:
+            raise Overloaded(
+                f"{len(self._waiting)} requests are waiting, too many for {len(lengths)} more", hint="try again later"
+            )
+        return [self._add(request, num_tokens, now_s) for request, num_tokens in lengths]
+
+    def _add(self, request: Request, num_tokens: int, now_s: float) -> Sequence:
         sequence = Sequence(number=self._next_number, request=request, num_tokens=num_tokens, submitted_s=now_s)
         self._next_number += 1
         self._join(request.tenant)

@@ -5,7 +5,7 @@ made of the same deltas. Not here: what a request or an answer looks like in JSO
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -148,12 +148,29 @@ class Answers:
                 raise BadRequest(f"the id {token} is none of this model's")
         return self._model.tokenizer.decode(ids)
 
-    async def stream(self, prompt: Prompt, options: Options, caller: Caller) -> AsyncIterator[Delta]:
-        """Yield an answer as it comes. Closing the iterator ends the request in the engine at once.
+    async def stream(
+        self, asked: Sequence[tuple[Prompt, Options]], caller: Caller
+    ) -> AsyncGenerator[tuple[int, Delta], None]:
+        """Yield the answers to one request as they come, each delta with its answer's place.
 
+        All are taken in before any work, or none. Closing the iterator ends them in the engine at once; one's failure
+        ends all.
         Raises: BadRequest, Overloaded, Draining before the first delta; EngineFailed, TimedOut at any time.
         """
-        request = Request(
+        requests = [await self._request(prompt, options, caller) for prompt, options in asked]
+        writings = [_Writing(self._model, prompt, options) for prompt, options in asked]
+        async with self._submission(requests, caller) as submission:
+            async for place, event in submission:
+                submission.num_written += len(event.tokens)
+                delta = writings[place].take(event)
+                if delta.finish_reason:
+                    caller.spent.finish = delta.finish_reason
+                    submission.end(place)
+                if delta.finish_reason or delta.pieces or delta.scores or delta.prompt_scores:
+                    yield place, delta
+
+    async def _request(self, prompt: Prompt, options: Options, caller: Caller) -> Request:
+        return Request(
             prompt=prompt.ids,
             id=caller.request_id,
             sampling=options.sampling,
@@ -167,39 +184,29 @@ class Answers:
             reasoning=await self._reasoning_budget(prompt, options),
             grammar=await self._grammar(prompt, options),
         )
-        writing = _Writing(self._model, prompt, options)
-        async with self._submission(request, caller) as submission:
-            async for event in submission:
-                submission.num_written += len(event.tokens)
-                delta = writing.take(event)
-                if delta.finish_reason:
-                    caller.spent.finish = delta.finish_reason
-                    yield delta
-                    return
-                if delta.pieces or delta.scores or delta.prompt_scores:
-                    yield delta
 
-    async def embed(self, prompt: Prompt, caller: Caller) -> tuple[tuple[float, ...], int]:
-        """Return the mean of a prompt's hidden states, of length 1, and the number of its tokens."""
-        request = Request(
-            prompt=prompt.ids, id=caller.request_id, embeds=True, tenant=caller.key_id, weight=caller.weight
-        )
-        async with self._submission(request, caller) as submission:
-            async for event in submission:
-                if event.embedding:
-                    return event.embedding, len(prompt.ids)
-        raise AssertionError("an embedding comes, or a failure")
+    async def embed(self, prompts: Sequence[Prompt], caller: Caller) -> list[tuple[float, ...]]:
+        """Return the mean of each prompt's hidden states, of length 1."""
+        requests = [
+            Request(prompt=prompt.ids, id=caller.request_id, embeds=True, tenant=caller.key_id, weight=caller.weight)
+            for prompt in prompts
+        ]
+        vectors: dict[int, tuple[float, ...]] = {}
+        async with self._submission(requests, caller) as submission:
+            async for place, event in submission:
+                vectors[place] = event.embedding
+        return [vectors[place] for place in range(len(prompts))]
 
     def close(self) -> None:
         """Let the threads go."""
         for threads in (self._threads, self._grammar_thread):
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def _submission(self, request: Request, caller: Caller) -> Submission:
+    def _submission(self, requests: Sequence[Request], caller: Caller) -> Submission:
         loop = asyncio.get_running_loop()
         if self._mailbox is None or self._mailbox.loop is not loop:
             self._mailbox = Mailbox(loop)
-        return Submission(self.engine, request, caller, quotas=self._quotas, mailbox=self._mailbox)
+        return Submission(self.engine, requests, caller, quotas=self._quotas, mailbox=self._mailbox)
 
     async def _reasoning_budget(self, prompt: Prompt, options: Options) -> ReasoningBudget | None:
         if options.reasoning_tokens is None:

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from freehold.engine.request import SamplingParams
 from freehold.serve.answers import Answers, AnswerUsage, Chat, Delta, Options
 from freehold.serve.anthropic_schema import CountRequest, Message, MessagesRequest, texts_of
-from freehold.serve.asking import SEED_BITS, caller_of, check_model, settings_of
+from freehold.serve.asking import SEED_BITS, caller_of, check_model, settings_of, with_priority
 from freehold.serve.dialect_shapes import MESSAGE_ERRORS, CountedTokens, MessageAnswer
 from freehold.serve.errors import Refused, request_id_of
 from freehold.serve.forms import form_of
@@ -42,9 +42,10 @@ def routes(answers: Answers) -> APIRouter:
     async def create_message(body: MessagesRequest, request: Request) -> Response:
         """Answer a conversation, whole or as server-sent events."""
         check_model(body.model, request, answers)
+        options = with_priority(_options(body), body.priority, request)
         prompt = await answers.read_chat(_chat(body, answers))
         writing = MessageWriting(model=body.model, input_tokens=len(prompt.ids))
-        deltas = answers.stream(prompt, _options(body), caller_of(request))
+        deltas = answers.stream([(prompt, options)], caller_of(request))
         response = (
             streamed(writing, deltas, settings_of(request))
             if body.stream

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, StringConstraints, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from freehold.serve.fields import JsonObject, refuse_others, tag_by
+from freehold.serve.fields import JsonObject, Priority, refuse_others, tag_by
 from freehold.serve.schema import MAX_MESSAGES, MAX_STOPS, MAX_TOKENS, MAX_TOOLS, ShortText, StopText, Strict
 
 MAX_BLOCKS = 4096
@@ -182,6 +182,7 @@ class MessagesRequest(CountRequest):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
     stream: bool | None = None
+    priority: Priority | None = None
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
 

@@ -85,6 +85,18 @@ def sampling_of(drawing: Drawing, answers: Answers, *, max_tokens: int | None) -
     )
 
 
+def with_priority(options: Options, priority: int | None, request: Request) -> Options:
+    """Return options with the priority that a request asks for: a lower number is earlier, a higher one in the engine.
+
+    Raises: Refused, with status 403, where it would go ahead of others and its key does not permit that.
+    """
+    priority = priority or 0
+    if priority < 0 and "priority" not in caller_of(request).scopes:
+        message = "priority: this API key lacks the scope 'priority', which one below 0 needs"
+        raise Refused(message, param="priority", code="forbidden", status=403)
+    return replace(options, priority=-priority)
+
+
 def with_seed(options: Options, seed: int) -> Options:
     """Return the options of one choice, which has a seed of its own."""
     return replace(options, sampling=replace(options.sampling, seed=seed))

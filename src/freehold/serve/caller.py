@@ -31,7 +31,7 @@ class Caller:
     request_id: str = ""
     spent: Spent = field(default_factory=Spent, compare=False)
     weight: float = 1.0
-    scopes: frozenset[str] = frozenset({"infer", "metrics", "admin"})
+    scopes: frozenset[str] = frozenset({"infer", "priority", "metrics", "admin"})
 
 
 Reservation = Any  # what a kind of quotas hands out, to be handed back

@@ -13,7 +13,7 @@ from freehold.serve.asking import caller_of, check_model
 from freehold.serve.openai_completions import read_prompt
 from freehold.serve.schema import EmbeddingRequest, several
 from freehold.serve.shapes import ERRORS, Embedding, Embeddings, EmbeddingUsage
-from freehold.serve.sse import together, while_connected
+from freehold.serve.sse import while_connected
 
 
 def routes(answers: Answers) -> APIRouter:
@@ -33,13 +33,13 @@ async def embeddings_of(answers: Answers, request: Request, body: EmbeddingReque
     """Return a vector for each text, all computed together."""
     caller = caller_of(request)
     prompts = [await read_prompt(answers, given) for given in several(body.input)]
-    results = await together([answers.embed(prompt, caller) for prompt in prompts])
-    num_tokens = sum(tokens for _, tokens in results)
+    vectors = await answers.embed(prompts, caller)
+    num_tokens = sum(len(prompt.ids) for prompt in prompts)
     return Embeddings(
         object="list",
         data=[
             Embedding(object="embedding", index=index, embedding=_written(vector, body.encoding_format))
-            for index, (vector, _) in enumerate(results)
+            for index, vector in enumerate(vectors)
         ],
         model=body.model,
         usage=EmbeddingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens),

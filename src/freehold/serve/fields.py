@@ -8,7 +8,7 @@ import json
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field
 from pydantic_core import PydanticCustomError
 
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")  # what of a request is repeated: no text, but what it is called
@@ -72,4 +72,6 @@ def _check_json(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+# Of an answer, as in vLLM: a lower one comes before a higher one, and 0 is everybody's.
+Priority = Annotated[int, Field(ge=-1000, le=1000, description="Lower is earlier. Below 0 a key needs a scope for it.")]
 JsonObject = Annotated[dict[str, Any], AfterValidator(_check_json)]

@@ -5,7 +5,7 @@ sends: the model's own name, how an answer ended, the route, the status.
 """
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, cast
 
@@ -50,25 +50,33 @@ class Meters:
         """Count a request. route: as it was declared, not as it was asked for."""
         self._requests.labels(route, str(status)).inc()
 
-    async def measured(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
-        """Yield deltas as they come, and count and time them. An answer that is closed early counts as cancelled."""
-        start_s = last_s = time.perf_counter()
-        ended, is_first = "cancelled", True
+    async def measured(
+        self, deltas: AsyncGenerator[tuple[int, Delta], None], num_answers: int
+    ) -> AsyncGenerator[tuple[int, Delta], None]:
+        """Yield the deltas of some answers as they come, and count and time them. Those that are closed early count as
+        cancelled."""
+        start_s = time.perf_counter()
+        last_s: dict[int, float] = {}
+        num_open, ended = num_answers, "cancelled"
         try:
-            async with aclosing(cast(Any, deltas)) as closed:
-                async for delta in closed:
+            async with aclosing(deltas):
+                async for place, delta in deltas:
                     now_s = time.perf_counter()
-                    if is_first:
-                        self._observe_first(now_s - start_s)
+                    if place in last_s:
+                        self._between.observe(now_s - last_s[place])
                     else:
-                        self._between.observe(now_s - last_s)
-                    last_s, is_first, ended = now_s, False, delta.finish_reason or ended
-                    yield delta
+                        self._observe_first(now_s - start_s)
+                    last_s[place] = now_s
+                    if delta.finish_reason:
+                        self._count_end(delta.finish_reason, now_s - start_s)
+                        num_open -= 1
+                    yield place, delta
         except Exception:
             ended = "failed"
             raise
         finally:
-            self._count_end(ended, time.perf_counter() - start_s)
+            for _ in range(num_open):
+                self._count_end(ended, time.perf_counter() - start_s)
 
     def _observe_first(self, first_s: float) -> None:
         self._first_token.observe(first_s)
@@ -94,9 +102,11 @@ class MeteredAnswers:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._answers, name)
 
-    def stream(self, prompt: Prompt, options: Options, caller: Caller) -> AsyncIterator[Delta]:
-        """Return an answer as it comes."""
-        return self._meters.measured(self._answers.stream(prompt, options, caller))
+    def stream(
+        self, asked: Sequence[tuple[Prompt, Options]], caller: Caller
+    ) -> AsyncGenerator[tuple[int, Delta], None]:
+        """Return answers as they come."""
+        return self._meters.measured(self._answers.stream(asked, caller), len(asked))
 
 
 def metered(answers: Answers, meters: Meters) -> Answers:

@@ -1,7 +1,7 @@
 """POST /v1/chat/completions: a conversation in, answers out, whole or as chunks. Both are made of the same deltas."""
 
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from freehold.serve.asking import (
     head_of,
     sampling_of,
     settings_of,
+    with_priority,
     with_seed,
 )
 from freehold.serve.errors import Refused
@@ -38,7 +39,7 @@ from freehold.serve.shapes import (
     usage_in_chunk,
     usage_of,
 )
-from freehold.serve.sse import DONE, EventStream, data_line, merged, while_connected
+from freehold.serve.sse import DONE, EventStream, data_line, while_connected
 from freehold.text.answer import Piece, ReasoningPiece, TextPiece, ToolCallPiece
 from freehold.text.answer_grammar import Form
 
@@ -55,13 +56,11 @@ def routes(answers: Answers) -> APIRouter:
     async def create_chat_completion(request: Request, body: ChatRequest) -> Response:
         check_model(body.model, request, answers)
         chat, options = chat_of(body, reasons=answers.reasons), options_of(body, answers)
+        options = with_priority(options, body.priority, request)
         head = head_of("chatcmpl", body)
         prompt = await answers.read_chat(chat)
-        streams: list[AsyncIterator[Delta]] = []
-        for choice in range(body.num_choices):
-            chosen = with_seed(options, head.seed + choice)
-            streams.append(answers.stream(prompt, chosen, caller_of(request)))
-        deltas = merged(streams)
+        asked = [(prompt, with_seed(options, head.seed + choice)) for choice in range(body.num_choices)]
+        deltas = answers.stream(asked, caller_of(request))
         if body.stream:
             return EventStream(chunk_lines(deltas, head, body), settings=settings_of(request))
         return JSONResponse(await while_connected(request, whole(deltas, head, body)))
@@ -182,7 +181,7 @@ async def whole(deltas: AsyncGenerator[tuple[int, Delta], None], head: Head, bod
 
 async def chunk_lines(
     deltas: AsyncGenerator[tuple[int, Delta], None], head: Head, body: ChatRequest
-) -> AsyncGenerator[str, None]:
+) -> AsyncGenerator[bytes, None]:
     """Yield answers as the events of a stream, as they come."""
     choices = _choices(body)
     begun: set[int] = set()
@@ -212,7 +211,7 @@ def _chunk(
     *,
     scores: Sequence[ChatScore] = (),
     finish_reason: FinishReason | None = None,
-) -> str:
+) -> bytes:
     logprobs = {"content": scores, "refusal": None} if scores else None
     choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
     return data_line({**_chunk_head(head), "choices": [choice], **extra})

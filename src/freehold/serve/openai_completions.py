@@ -5,7 +5,7 @@ Each prompt is continued as if it were alone in its request: its choices have th
 
 import asyncio
 import codecs
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +22,7 @@ from freehold.serve.asking import (
     head_of,
     sampling_of,
     settings_of,
+    with_priority,
     with_seed,
 )
 from freehold.serve.schema import CompletionRequest
@@ -35,7 +36,7 @@ from freehold.serve.shapes import (
     usage_in_chunk,
     usage_of,
 )
-from freehold.serve.sse import DONE, EventStream, data_line, merged, while_connected
+from freehold.serve.sse import DONE, EventStream, data_line, while_connected
 from freehold.text.answer import TextPiece
 
 DEFAULT_MAX_TOKENS = 16
@@ -49,17 +50,17 @@ def routes(answers: Answers) -> APIRouter:
     @router.post("/v1/completions", responses=responses, response_class=JSONResponse)
     async def create_completion(request: Request, body: CompletionRequest) -> Response:
         check_model(body.model, request, answers)
-        options, head = options_of(body, answers), head_of("cmpl", body)
-        streams: list[AsyncIterator[Delta]] = []
+        options = with_priority(options_of(body, answers), body.priority, request)
+        head = head_of("cmpl", body)
+        asked: list[tuple[Prompt, Options]] = []
         choices: list[_Choice] = []
         for given in body.prompts:
             prompt = await read_prompt(answers, given)
             echoed = await _echoed(answers, given) if body.echo else ""
             for choice in range(body.num_choices):
-                chosen = with_seed(options, head.seed + choice)
-                streams.append(answers.stream(prompt, chosen, caller_of(request)))
+                asked.append((prompt, with_seed(options, head.seed + choice)))
                 choices.append(_Choice(echoed=echoed, body=body))
-        deltas = merged(streams)
+        deltas = answers.stream(asked, caller_of(request))
         if body.stream:
             return EventStream(chunk_lines(deltas, head, choices, body), settings=settings_of(request))
         return JSONResponse(await while_connected(request, whole(deltas, head, choices, body)))
@@ -115,15 +116,17 @@ class _Choice:
         self._is_begun = True
         if not is_prompt_all:
             text += "".join(piece.text for piece in delta.pieces if isinstance(piece, TextPiece))
-        ends = [delta.end_score] if delta.end_score else []
-        scores = self._scores([*delta.prompt_scores, *([] if is_prompt_all else [*delta.scores, *ends])])
+        scores = None
+        if self.body.logprobs is not None:
+            ends = [delta.end_score] if delta.end_score else []
+            scores = self._scores([*delta.prompt_scores, *([] if is_prompt_all else [*delta.scores, *ends])])
+            for kept, added in zip(self.scores.values(), scores.values(), strict=True):
+                kept += added  # type: ignore[operator]
         self.text.append(text)
-        for kept, added in zip(self.scores.values(), scores.values(), strict=True):
-            kept += added  # type: ignore[operator]
         self.usage = replace(delta.usage, completion_tokens=0) if is_prompt_all else delta.usage
         if delta.finish_reason:
             self.finish_reason = "length" if is_prompt_all else delta.finish_reason
-        return text, scores if self.body.logprobs is not None else None
+        return text, scores
 
     def _scores(self, tokens: Sequence[TokenText]) -> LegacyScores:
         return LegacyScores(
@@ -158,7 +161,7 @@ async def whole(
 
 async def chunk_lines(
     deltas: AsyncGenerator[tuple[int, Delta], None], head: Head, choices: list[_Choice], body: CompletionRequest
-) -> AsyncGenerator[str, None]:
+) -> AsyncGenerator[bytes, None]:
     """Yield continuations as the events of a stream, as they come."""
     async with aclosing(deltas):
         async for index, delta in deltas:

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from freehold.engine.request import SamplingParams
 from freehold.serve.answers import Answers, AnswerUsage, Chat, Delta, Options
-from freehold.serve.asking import SEED_BITS, caller_of, check_model, settings_of
+from freehold.serve.asking import SEED_BITS, caller_of, check_model, settings_of, with_priority
 from freehold.serve.dialect_shapes import ResponseAnswer
 from freehold.serve.errors import Refused
 from freehold.serve.forms import form_of
@@ -38,10 +38,10 @@ def routes(answers: Answers) -> APIRouter:
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         """Answer a conversation, whole or as server-sent events."""
         check_model(body.model, request, answers)
-        options = _options(body, answers)
+        options = with_priority(_options(body, answers), body.priority, request)
         prompt = await answers.read_chat(_chat(body, answers))
         writing = ResponseWriting(body)
-        deltas = answers.stream(prompt, options, caller_of(request))
+        deltas = answers.stream([(prompt, options)], caller_of(request))
         if body.stream:
             return streamed(writing, deltas, settings_of(request))
         return JSONResponse(await whole(writing, deltas, request))

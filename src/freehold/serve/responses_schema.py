@@ -13,7 +13,7 @@ from pydantic import Field, PrivateAttr, StringConstraints, Tag, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
 from pydantic_core import PydanticCustomError
 
-from freehold.serve.fields import JsonObject, refuse_others, refuse_true, tag_by
+from freehold.serve.fields import JsonObject, Priority, refuse_others, refuse_true, tag_by
 from freehold.serve.forms import ANY_OBJECT
 from freehold.serve.schema import MAX_TOKENS, MAX_TOOLS, NamedSchema, ShortText, Strict
 
@@ -217,6 +217,7 @@ class ResponsesRequest(Strict):
     text: TextConfig | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    priority: Priority | None = None
     store: Annotated[Literal[False], refuse_true(STORED)] | None = None
     metadata: (
         Annotated[dict[Annotated[str, StringConstraints(max_length=64)], ShortText], Field(max_length=16)] | None

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraint
 from pydantic.functional_validators import ModelWrapValidatorHandler
 from pydantic_core import PydanticCustomError
 
-from freehold.serve.fields import JsonObject, Unsupported, refuse_others
+from freehold.serve.fields import JsonObject, Priority, Unsupported, refuse_others
 from freehold.serve.forms import ANY_OBJECT
 
 MAX_CHOICES = 16
@@ -181,6 +181,7 @@ class Drawing(Strict):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    priority: Priority | None = None
     user: ShortText | None = None
 
     @field_validator("logit_bias")

@@ -4,13 +4,13 @@ Belongs here: streams of server-sent events, and whole answers that are waited f
 """
 
 import asyncio
-import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
+from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -20,25 +20,26 @@ from freehold.serve.errors import error_body, failure_of, request_id_of
 
 logger = logging.getLogger(__name__)
 
-DONE = "data: [DONE]\n\n"
-KEEP_ALIVE = ": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+# Unicode's line ends, which JSON leaves as they are and which many clients take for the end of a line.
+LINE_ENDS = {chr(code).encode(): f"\\u{code:04x}".encode() for code in (0x85, 0x2028, 0x2029)}
 
 Result = TypeVar("Result")
 
 
-_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
-# Unicode's line ends, which JSON leaves as they are and which many clients take for the end of a line.
-LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+def data_line(value: Any) -> bytes:
+    """Return a value as an event without a name. What JSON has no number for is null."""
+    written = to_json(value, inf_nan_mode="null")
+    if not written.isascii():
+        for line_end, escape in LINE_ENDS.items():
+            written = written.replace(line_end, escape)
+    return b"data: %b\n\n" % written
 
 
-def data_line(value: Any) -> str:
-    """Return a value as an event without a name."""
-    return f"data: {_to_json(value).translate(LINE_ENDS)}\n\n"
-
-
-def event_line(name: str, value: Any) -> str:
+def event_line(name: str, value: Any) -> bytes:
     """Return a value as an event with a name."""
-    return f"event: {name}\n{data_line(value)}"
+    return b"event: %b\n%b" % (name.encode(), data_line(value))
 
 
 class EventStream(Response):
@@ -55,10 +56,10 @@ class EventStream(Response):
 
     def __init__(
         self,
-        events: AsyncGenerator[str, None],
+        events: AsyncGenerator[bytes, None],
         *,
         settings: ServeSettings,
-        error_line: Callable[[dict[str, Any]], str] = data_line,
+        error_line: Callable[[dict[str, Any]], bytes] = data_line,
     ) -> None:
         self.status_code, self.background = 200, None
         self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
@@ -94,14 +95,14 @@ class EventStream(Response):
                 logger.exception("request %s failed in its stream", request_id)
             body = error_body(scope["path"], failure, request_id)
             await self._send(send, self._error_line(body))
-        await self._send(send, "", ends=True)
+        await self._send(send, b"", ends=True)
 
-    async def _send(self, send: Send, event: str, *, ends: bool = False) -> None:
+    async def _send(self, send: Send, event: bytes, *, ends: bool = False) -> None:
         async with self._sending:
             if not self._is_started:
                 self._is_started = True
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": event.encode(), "more_body": not ends})
+            await send({"type": "http.response.body", "body": event, "more_body": not ends})
             self._last_sent_s = time.monotonic()
 
     async def _keep_alive(self, send: Send) -> None:
@@ -132,59 +133,6 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
         return working.result()
     finally:
         await _end([working, gone])
-
-
-async def together(works: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """Return what several works return, done side by side. One's failure ends all."""
-    tasks = [asyncio.create_task(work) for work in works]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        await _end(tasks)
-
-
-async def merged(streams: Sequence[AsyncIterator[Result]]) -> AsyncGenerator[tuple[int, Result], None]:
-    """Yield what several streams yield as it comes, each with its stream's place. One's failure ends all."""
-    if len(streams) == 1:
-        stream = streams[0]
-        try:
-            async for item in stream:
-                yield 0, item
-        finally:
-            await _close(stream)
-        return
-    queue: asyncio.Queue[tuple[int, Result] | Exception | None] = asyncio.Queue()
-    tasks = [asyncio.create_task(_put_all(index, stream, queue)) for index, stream in enumerate(streams)]
-    try:
-        num_open = len(streams)
-        while num_open:
-            got = await queue.get()
-            if isinstance(got, Exception):
-                raise got
-            if got is None:
-                num_open -= 1
-            else:
-                yield got
-    finally:
-        await _end(tasks)
-
-
-async def _put_all(
-    index: int, stream: AsyncIterator[Result], queue: asyncio.Queue[tuple[int, Result] | Exception | None]
-) -> None:
-    try:
-        async for item in stream:
-            queue.put_nowait((index, item))
-        queue.put_nowait(None)
-    except Exception as error:
-        queue.put_nowait(error)
-    finally:
-        await _close(stream)
-
-
-async def _close(stream: AsyncIterator[Any]) -> None:
-    if isinstance(stream, AsyncGenerator):
-        await stream.aclose()
 
 
 async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:

@@ -8,8 +8,8 @@ from typing import Literal
 
 from freehold.errors import BadInput
 
-Scope = Literal["infer", "metrics", "admin"]
-SCOPES = ("infer", "metrics", "admin")
+Scope = Literal["infer", "priority", "metrics", "admin"]
+SCOPES = ("infer", "priority", "metrics", "admin")
 TOKEN = re.compile(r"fh-([a-z2-7]{12})-([A-Za-z0-9_-]{43})", re.ASCII)
 MAX_COUNT = 10**15  # of tokens or requests: far below what a column of 64 bits holds, sums included
 MAX_WEIGHT = 1000.0
