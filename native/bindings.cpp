@@ -194,6 +194,7 @@ void unpack_rows(int num_threads, const Matrix& packed, Address row_numbers, std
 
 NB_MODULE(_kernels, module) {
   using namespace freehold;
+  nb::set_leak_warnings(false);  // of what torch's hooks still hold at the interpreter's end: no news to a user
   nb::enum_<Format>(module, "Format")
       .value("F32", Format::float32)
       .value("BF16", Format::bfloat16)
