@@ -47,7 +47,7 @@ HOST_WORDS = re.compile(r"index[-_]url|find[-_]links|trusted-host|/(?:opt|root|w
 def texts() -> list[Path]:
     """Return every file of the project that a person writes."""
     files = [path for path in ROOT.iterdir() if path.is_file()]
-    for name in ("src", "native", "tests", "bench", "docs", ".ci"):
+    for name in ("src", "native", "tests", "bench", "examples", "docs", ".ci"):
         files += [path for path in (ROOT / name).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     return [path for path in files if path.suffix in (".py", ".md", ".toml", ".txt", ".h", ".cpp", ".lock", "")]
 

@@ -8,7 +8,7 @@
 set -eu
 recipe=$(cd "$(dirname "$0")" && pwd)
 folder=$1 pretraining_steps=${2:-2000} fine_tuning_steps=${3:-400}
-num_texts=40000 num_chats=40000 num_held_out=400
+num_texts=40000 num_chats=40000 num_held_out=100
 mkdir -p "$folder/data"
 cd "$folder"
 export PYTHONDONTWRITEBYTECODE=1

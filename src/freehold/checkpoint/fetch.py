@@ -1,4 +1,4 @@
-"""Bring a model to this machine, whole or not at all, and find it again by name.
+"""Bring a model to this machine, whole or not at all, and find it again by name, or what came with Freehold.
 
 Each model is a folder of its own below the models folder: its files and RECORD, which says where they came from and
 their digests. A folder is filled under a hidden name and renamed when complete, so a half model is never found.
@@ -33,6 +33,7 @@ STAGING = ".fetching-"
 CHUNK_BYTES = 1 << 20
 # What a model is made of. Nothing else is copied from a folder or a repository: no pickles, no code.
 MODEL_SUFFIXES = (".safetensors", ".gguf", ".json", ".jinja", ".txt")
+SHIPPED = Path(__file__).parents[1] / "shipped"  # a folder of folders
 REPOSITORY = re.compile(r"hf:(?P<id>[\w.-]+/(?P<name>[\w.-]+))(/(?P<file>[\w./-]+))?(@(?P<revision>[\w./-]+))?")
 
 
@@ -69,30 +70,40 @@ def catalogue() -> dict[str, Entry]:
     return {name: _entry(name, **table) for name, table in tables.items()}
 
 
+def shipped() -> dict[str, Path]:
+    """Return the folders of the models that came with Freehold, by name."""
+    return {config.parent.name: config.parent for config in SHIPPED.glob("*/config.json")}
+
+
 def _entry(name: str, *, source: dict[str, str], **fields: Any) -> Entry:
     assert source.pop("kind") == "wheel", f"{name}: the catalogue knows only wheels"
     return Entry(name=name, source=WheelSource(**source), **fields)
 
 
 def find(name_or_path: str, models_dir: Path) -> Path:
-    """Return the file or folder of a model: an existing path as it is, else what was fetched under that name.
+    """Return the file or folder of a model: an existing path as it is, else what was shipped or fetched by that name.
 
     Raises: NotFound, with the command that fetches it or the names that are near.
     """
     if name_or_path and Path(name_or_path).exists():
         return Path(name_or_path)
+    if folder := shipped().get(name_or_path):
+        return folder
     fetched = {folder.parent.name: folder.parent for folder in models_dir.glob(f"[!.]*/{RECORD}")}
     if folder := fetched.get(name_or_path):
         return _model_in(folder)
     if name_or_path in catalogue():
         raise NotFound(f"model {name_or_path!r} is not on this machine yet", hint=f"freehold fetch {name_or_path}")
-    known = sorted({*fetched, *catalogue()})
+    known = sorted({*shipped(), *fetched, *catalogue()})
     near = get_close_matches(name_or_path, known, n=3, cutoff=0.4) or known[:3]
     raise NotFound(f"no file, folder or model {name_or_path!r}", hint=f"known names: {', '.join(near)}")
 
 
 def is_fetched(name_or_source: str, *, models_dir: Path) -> bool:
-    """Return whether `fetch` of the same arguments would only verify what is already there."""
+    """Return whether `fetch` of the same arguments would only verify what is already there.
+
+    Raises: BadInput for what is shipped: nothing is there to be fetched.
+    """
     return (models_dir / _folder_name(name_or_source) / RECORD).exists()
 
 
@@ -124,6 +135,8 @@ def fetch(name_or_source: str, *, models_dir: Path, progress: Progress) -> Path:
 
 
 def _folder_name(name_or_source: str) -> str:
+    if name_or_source in shipped():
+        raise BadInput(f"{name_or_source} came with Freehold", hint=f"nothing to fetch: freehold chat {name_or_source}")
     if name_or_source in catalogue():
         return name_or_source
     if match := REPOSITORY.fullmatch(name_or_source):

@@ -31,7 +31,7 @@ Ctrl-C stops an answer; what was said stays in the conversation. A space before 
 
 
 def chat(
-    model: options.ModelName,
+    model: options.ModelOrShipped = options.SHIPPED_MODEL,
     system: options.System = None,
     max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = 0.0,
@@ -53,6 +53,7 @@ def chat(
     Examples:
 
     \b
+      freehold chat
       freehold chat smollm2-135m-instruct
       freehold chat model.gguf --system "Answer in one sentence." --temperature 0.7
       printf 'Hello\\n/save talk.json\\n' | freehold chat ./folder

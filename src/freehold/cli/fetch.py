@@ -74,3 +74,5 @@ def _list_catalogue(*, as_json: bool) -> None:
     rows = [(e.name, e.licence, bytes_text(e.bytes), "present" if present[e.name] else "-", e.title) for e in entries]
     show_table([("name", "licence", "size", "here", "what it is"), *rows])
     show_line(f"models are kept in {models_dir}")
+    for name in fetching.shipped():
+        show_line(f"{name} came with Freehold: freehold chat {name}")

@@ -19,6 +19,10 @@ ModelName = Annotated[
         show_default=False,
     ),
 ]
+SHIPPED_MODEL = "freehold-pico"
+ModelOrShipped = Annotated[
+    str, typer.Argument(metavar="MODEL", help="As elsewhere; without it, the small model that came with Freehold.")
+]
 MaxTokens = Annotated[
     int | None,
     typer.Option(

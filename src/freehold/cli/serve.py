@@ -45,7 +45,7 @@ LogForm = Annotated[
 
 
 def serve(
-    model: options.ModelName,
+    model: options.ModelOrShipped = options.SHIPPED_MODEL,
     host: Annotated[str, typer.Option(help="Where to listen. Beyond this machine, every request needs a key.")] = (
         "127.0.0.1"
     ),
@@ -83,6 +83,7 @@ def serve(
     Examples:
 
     \b
+      freehold serve
       freehold serve smollm2-135m-instruct
       freehold serve model.gguf --host 0.0.0.0 --port 8080 --max-sequences 16
       freehold serve model.gguf --name ours --alias gpt-4o-mini
