@@ -28,6 +28,20 @@ import torch
 assert torch.ones(2, 2).mm(torch.ones(2, 2)).sum() == 8
 """
 
+ENDS = """
+from freehold.cli.starting import starting
+
+class Circle:
+    def __init__(self):
+        self.me = self
+
+    def __del__(self):
+        print("gone")
+
+with starting():
+    Circle()
+"""
+
 
 @pytest.fixture
 def thawed() -> Iterator[None]:
@@ -50,6 +64,11 @@ def test_garbage_is_collected_again_after_a_start_that_failed(thawed):
     assert gc.isenabled()
 
 
+def test_what_a_start_left_uncollected_goes_when_the_process_ends():
+    ended = subprocess.run([sys.executable, "-c", ENDS], timeout=TIMEOUT_S, capture_output=True, text=True)
+    assert ended.stdout == "gone\n"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_torch_is_imported_as_ever_where_its_library_was_loaded_ahead():
     assert subprocess.run([sys.executable, "-c", LOADS_AHEAD], timeout=TIMEOUT_S).returncode == 0
@@ -57,7 +76,7 @@ def test_torch_is_imported_as_ever_where_its_library_was_loaded_ahead():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.skipif(kernels() is None, reason="weights are packed for the native kernels, which are off")
-def test_a_server_lets_go_of_the_file_that_it_packed_and_of_everything_at_its_end():
+def test_a_server_lets_go_of_the_file_that_its_packed_weights_were_read_from():
     path = smollm2_gguf()
     with spawn("serve", path, "--port", 0, "--memory", 2, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -66,5 +85,4 @@ def test_a_server_lets_go_of_the_file_that_it_packed_and_of_everything_at_its_en
         with open(f"/proc/{process.pid}/maps") as maps:
             assert path.name not in maps.read()
         process.terminate()
-        _, errors = process.communicate(timeout=TIMEOUT_S)
-    assert "leaked" not in errors  # so the native extension would say
+        process.communicate(timeout=TIMEOUT_S)
