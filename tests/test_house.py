@@ -39,8 +39,8 @@ WITHOUT_TORCH = (
     "cli/main.py",
     "checkpoint/fetch.py",
 )
-# Run as a program (python -m pip), not imported.
-RUN_NOT_IMPORTED = {"pip"}
+# Run as a program (python -m pip), and what uvicorn imports for us: not imported.
+RUN_NOT_IMPORTED = {"pip", "httptools"}
 HOST_WORDS = re.compile(r"index[-_]url|find[-_]links|trusted-host|/(?:opt|root|work)/")
 
 
