@@ -1,6 +1,7 @@
 """Adapters on the command line: `freehold merge`, and `--adapter` of run, chat, check and serve."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from inputs import smollm2_gguf
 from models.tiny import LLAMA, random_tokens
 
 ASKED = ("--raw", "--max-tokens", "12", "--json")
+QUOTED = "The quick brown fox jumps over the lazy dog by the river. "
 MERGED_TOLERANCE = 2e-5  # sums in another order
 
 
@@ -112,7 +114,7 @@ def test_a_folder_without_an_adapter_is_refused_at_once(folder, tmp_path):
         freehold.load(folder, adapter=tmp_path)
 
 
-def test_a_quantized_model_is_merged_into_plain_weights_and_it_says_so(tmp_path):
+def test_a_merge_with_four_bits_says_that_its_weights_are_plain_and_the_loss_before_and_after(tmp_path):
     path = smollm2_gguf()
     model = freehold.load(path)
     wrap(model.decoder, SETTINGS, seed=0)
@@ -120,9 +122,12 @@ def test_a_quantized_model_is_merged_into_plain_weights_and_it_says_so(tmp_path)
     save_adapter(tmp_path / "adapter", decoder, family=model.described.family, base_sha256=model.identity.weights)
     tokens = random_tokens(24).tolist()
     unmerged = model.logits(tokens)
-    ended = call("merge", path, tmp_path / "adapter", "--out", tmp_path / "merged")
+    (tmp_path / "text").write_text(QUOTED * 60)
+    ended = call("merge", path, tmp_path / "adapter", "--out", tmp_path / "merged", "--text", tmp_path / "text")
     assert ended.code == 0, ended
     assert "is quantized: the merged weights are bfloat16" in ended.err
+    before, after = map(float, re.findall(r"([\d.]+) nats per token unmerged, ([\d.]+) merged", ended.out)[0])
+    assert after == pytest.approx(before, abs=0.1)
     merged = freehold.load(tmp_path / "merged")
     assert merged.decoder.dtype is torch.bfloat16
     assert relative_difference(merged.logits(tokens), unmerged) < 0.1  # bfloat16 and rows of eight bits, in 60 blocks
