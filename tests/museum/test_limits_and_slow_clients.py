@@ -22,6 +22,7 @@ from freehold.serve.limits import Limited, Limits
 from museum.asked import ASK
 from serve.listening import listening, read_to_end
 from serve.scripted import ScriptedAnswers, said, text
+from serve.servers import running_server
 
 PATH = "/v1/chat/completions"
 
@@ -118,6 +119,12 @@ def test_the_bodies_of_all_requests_together_are_bounded():
         assert await ask(limited, 1000) == 200  # whatever was refused is not held
 
     asyncio.run(scenario())
+
+
+def test_a_server_holds_as_many_bodies_as_its_owner_gave_it_memory_for():
+    with running_server(ScriptedAnswers(), limits=Limits(all_bodies_bytes=10)) as url:
+        assert httpx.post(f"{url}{PATH}", content=b"x" * 11).status_code == 429
+        assert httpx.post(f"{url}{PATH}", content=b"x" * 10).status_code == 400
 
 
 def labels_of(client: httpx.Client) -> set[tuple[str, ...]]:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 
+import httpx
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
@@ -344,3 +345,9 @@ def test_colours_follow_the_system_until_one_chooses(browser):
         page.reload()
         assert page.evaluate(paper) == dark != light
         expect(page.get_by_role("button", name="Dark colours")).to_have_attribute("aria-pressed", "true")
+
+
+def test_the_browser_is_told_to_let_no_script_write_markup():
+    with running_server(scripted()) as url:
+        policy = httpx.get(url).headers["content-security-policy"]
+    assert "require-trusted-types-for 'script'; trusted-types 'none'" in policy

@@ -195,6 +195,7 @@ def _show_plan(plan: "ServingPlan") -> None:
         "keys and values": plan.kv_bytes,
         "recurrent states": plan.recurrent_bytes,
         "steps": plan.step_bytes,
+        "bodies of requests": plan.bodies_bytes,
         "the program": PROGRAM_BYTES,
     }
     memory = ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items() if size)
@@ -220,13 +221,15 @@ async def _serve(
     from freehold.serve.auth import Guard
     from freehold.serve.configuration import ServeSettings
     from freehold.serve.connection import serve_until_stopped
+    from freehold.serve.limits import Limits
     from freehold.serve.log import written
 
     keys, quotas = _open_keys(keys_url) if keys_url else (None, None)
     with written(log, sys.stderr), Engine(loaded, plan.limits, kv_dtype=plan.kv_dtype) as engine:
         model_name, *aliases = names
         answers = Answers(engine, model_name=model_name, quotas=quotas)
-        app = build_app(answers, guard=Guard(keys), settings=ServeSettings(aliases=tuple(aliases)))
+        settings = ServeSettings(aliases=tuple(aliases), limits=Limits(all_bodies_bytes=plan.bodies_bytes))
+        app = build_app(answers, guard=Guard(keys), settings=settings)
         host, port = listening.getsockname()[:2]
         show_line(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
         await serve_until_stopped(app, engine, listening, drain_s=drain_s)

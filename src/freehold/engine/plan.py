@@ -22,6 +22,10 @@ RESERVED_BYTES = 1 << 30
 # Of a server: the interpreter with its libraries, a tokenizer, and the requests that come and wait. tests/serve/
 # test_memory.py holds real processes to it.
 PROGRAM_BYTES = 600 << 20
+# Bodies of requests that have not ended: this share of the memory, at least two of the largest, at most enough for any
+# load. A server refuses what would exceed it.
+BODIES_SHARE = 1 / 64
+LEAST_BODIES_BYTES, MOST_BODIES_BYTES = 8 << 20, 256 << 20
 # What a step makes of each value that is widest on its way: the value itself, its rounded form and its result; of each
 # logit: the row, a copy with penalties, and what the draw sorts.
 COPIES_IN_STEP = 3
@@ -187,7 +191,7 @@ def inner_width(block: BlockSpec, width: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ServingPlan:
-    """What a server's process takes: weights, states, what a step works on, and the program itself.
+    """What a server's process takes: weights, states, what a step works on, bodies of requests, and the program itself.
 
     notes: what was asked for and cannot be, each with the option that would change it.
     """
@@ -198,11 +202,13 @@ class ServingPlan:
     recurrent_bytes: int
     kv_bytes: int
     step_bytes: int
+    bodies_bytes: int
     notes: tuple[str, ...]
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.recurrent_bytes + self.kv_bytes + self.step_bytes + PROGRAM_BYTES
+        states = self.recurrent_bytes + self.kv_bytes
+        return self.weight_bytes + states + self.step_bytes + self.bodies_bytes + PROGRAM_BYTES
 
 
 def serving_plan(
@@ -228,7 +234,9 @@ def serving_plan(
     """
     kv_dtype = kv_dtype or dtype
     working_bytes = step_bytes(spec, num_sequences=num_sequences, budget_tokens=budget_tokens)
-    fixed_bytes = weight_bytes + working_bytes + PROGRAM_BYTES
+    share_for_bodies = int(BODIES_SHARE * (free_bytes if memory_bytes is None else memory_bytes))
+    bodies_bytes = min(max(share_for_bodies, LEAST_BODIES_BYTES), MOST_BODIES_BYTES)
+    fixed_bytes = weight_bytes + working_bytes + bodies_bytes + PROGRAM_BYTES
     if memory_bytes is None:
         memory_bytes = fixed_bytes + int(SHARE_FOR_STATES * max(0, free_bytes - fixed_bytes))
     free = memory_bytes - fixed_bytes
@@ -241,7 +249,7 @@ def serving_plan(
     if free < 0 or num_slots < 1 or num_pages < 1:
         raise BadInput(
             f"{memory_bytes / 1e9:.1f} GB of memory hold the weights ({weight_bytes / 1e9:.1f} GB) and "
-            f"{(working_bytes + PROGRAM_BYTES) / 1e9:.1f} GB to work in, but no states beside them",
+            f"{(working_bytes + bodies_bytes + PROGRAM_BYTES) / 1e9:.1f} GB to work in, but no states beside them",
             hint="give it more with --memory, or take a smaller model",
         )
     longest = min(context, num_pages * SERVED_PAGE_TOKENS)
@@ -259,6 +267,7 @@ def serving_plan(
         recurrent_bytes=num_slots * slot_bytes,
         kv_bytes=num_pages * page_bytes,
         step_bytes=working_bytes,
+        bodies_bytes=bodies_bytes,
         notes=tuple(_notes(limits, num_sequences=num_sequences, context=context)),
     )
 

@@ -26,7 +26,8 @@ from freehold.serve.metrics import Meters, metered
 DIALECTS = (openai_chat, openai_completions, embeddings, models, anthropic, responses)
 PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
@@ -37,7 +38,12 @@ DESCRIPTION = "One open-weights model on its owner's hardware, under the APIs of
 def build_app(answers: Answers, *, guard: Guard | None = None, settings: ServeSettings | None = None) -> FastAPI:
     """Return the server of some answers. Without a guard it answers only this machine's own user, on loopback."""
     meters = Meters(answers.engine, answers.model_name)
-    outside_in = [Middleware(Numbered, meters=meters), Middleware((guard or Guard(None)).around), Middleware(Limited)]
+    settings = settings or ServeSettings()
+    outside_in = [
+        Middleware(Numbered, meters=meters),
+        Middleware((guard or Guard(None)).around),
+        Middleware(Limited, limits=settings.limits),
+    ]
     app = FastAPI(
         title="Freehold",
         description=DESCRIPTION,
@@ -48,7 +54,7 @@ def build_app(answers: Answers, *, guard: Guard | None = None, settings: ServeSe
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
         middleware=outside_in,
     )
-    app.state.settings = settings or ServeSettings()
+    app.state.settings = settings
     answer_errors(app)
     measured = metered(answers, meters)
     for dialect in DIALECTS:
