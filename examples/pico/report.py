@@ -3,7 +3,6 @@
 Every figure is measured here or read from the runs' own metrics.
 """
 
-import json
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ import freehold
 from freehold.engine.model import Model
 from freehold.engine.plan import count_parts
 from freehold.evaluate.perplexity import nats_per_token
+from freehold.recipes.metrics import read_metrics
 
 NUM_HELD_OUT = 100
 PROMPTS = (
@@ -38,7 +38,7 @@ def figures(folder: Path, model: Model) -> Iterator[tuple[str, str]]:
     yield "of them met by one token", f"{sum(part.num_active for part in parts):,}"
     yield "bytes in the wheel", f"{sum(file.stat().st_size for file in (folder / 'freehold-pico').iterdir()):,}"
     for run in ("pretrained", "tuned"):
-        lines = [json.loads(line) for line in (folder / run / "metrics.jsonl").open(encoding="utf-8")]
+        lines = list(read_metrics(folder / run))
         yield f"{run}: steps", f"{len(lines):,}"
         yield f"{run}: tokens", f"{lines[-1]['tokens']:,}"
         yield f"{run}: minutes of steps", f"{sum(line['seconds'] for line in lines) / 60:.1f}"

@@ -23,9 +23,9 @@ LEAST_FREQUENCY = 20  # of a pair of tokens that is made one
 def texts(files: Sequence[Path]) -> Iterator[str]:
     """Yield what is written in rows, whoever says it."""
     for file in files:
-        for line in file.open(encoding="utf-8"):
-            row = json.loads(line)
-            yield from [row["text"]] if "text" in row else (message["content"] for message in row["messages"])
+        with file.open(encoding="utf-8") as lines:
+            for row in map(json.loads, lines):
+                yield from [row["text"]] if "text" in row else (message["content"] for message in row["messages"])
 
 
 def train(files: Sequence[Path]) -> Tokenizer:
