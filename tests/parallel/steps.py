@@ -12,6 +12,7 @@ from freehold.errors import BadInput
 from freehold.models.decoder import Decoder
 from freehold.parallel.checkpoint import Saver
 from freehold.parallel.data import Gradients, like, local, shard, whole_decoder
+from freehold.parallel.model import Divided
 from freehold.parallel.processes import Processes
 from freehold.train.optim import Optimizer, OptimizerSettings
 from freehold.train.state import Run, finish_saving, resume_run, save_run
@@ -71,7 +72,7 @@ def new_run(processes: Processes, name: str, form: str) -> Run:
         optimizer=Recording(decoder, OptimizerSettings(), Gradients.of(decoder, processes, copies=copies)),
         config={"name": name},
         machine={"processes": f"{processes.count} {form}"},
-        processes=processes,
+        divided=Divided(processes=processes),
         saver=Saver() if is_sharded and processes.count > 1 else None,
     )
 

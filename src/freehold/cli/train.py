@@ -68,8 +68,10 @@ def train(
         return 0
     if file is None:
         raise BadInput("which run? a TOML file is wanted", hint="--example prints one")
-    with said_once(Settings().launch):
+    launch = Settings().launch
+    with said_once(launch):
         settings = read_run(chosen, file, changes)
+        settings.parallel.sizes.mesh_shape(launch.count if launch else 1)  # refuses what does not divide
     return _follow(chosen, settings)
 
 
@@ -79,7 +81,8 @@ def _follow(recipe: "Recipe[TrainSettings]", settings: "TrainSettings") -> int:
     from freehold.recipes.loop import ADAPTER, MODEL, Watch
 
     device_type = settings.device.partition(":")[0]
-    with joined(Settings().launch, device_type=device_type) as processes, _signals(processes) as received:
+    joining = joined(Settings().launch, settings.parallel.sizes, device_type=device_type)
+    with joining as processes, _signals(processes) as received:
         watch = Watch(should_stop=lambda: bool(received))
         if processes.is_first:
             ledger = _new_ledger(recipe, settings, processes)

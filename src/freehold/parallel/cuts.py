@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from freehold.errors import UnsupportedModel
 from freehold.ops.weight import Weight
 
 
@@ -40,20 +39,13 @@ class Cut:
 
 
 def plain(weight: Weight) -> Tensor:
-    """Return a weight that is a tensor. Raises: UnsupportedModel for one that is packed, or has an adapter."""
-    if not isinstance(weight, Tensor):
-        raise UnsupportedModel(
-            "weights that are quantized, or have adapters, cannot be divided over processes",
-            hint="dequantize or merge them first (`freehold convert`, `freehold merge`)",
-        )
+    """Return a weight that is a tensor, as all that are divided are."""
+    assert isinstance(weight, Tensor), "a model with others is refused"
     return weight
 
 
 def cut_parameter(module: nn.Module, name: str, cut: Cut, *, index: int, count: int) -> None:
-    """Have a module keep only a part of one of its parameters. Mutates: module.
-
-    Raises: UnsupportedModel for a weight that is packed, or has an adapter.
-    """
+    """Have a module keep only a part of one of its parameters. Mutates: module."""
     *path, last = name.split(".")
     owner = module.get_submodule(".".join(path))
     whole = plain(getattr(owner, last))

@@ -12,13 +12,14 @@ within rounding, not bit for bit, and the same bits for the same division.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from freehold.errors import UnsupportedModel
 from freehold.models.block import Block
 from freehold.models.decoder import Decoder
 from freehold.models.moe import Moe
@@ -26,7 +27,7 @@ from freehold.parallel.context import divide_context
 from freehold.parallel.cuts import Cut
 from freehold.parallel.data import Gradients, whole_decoder
 from freehold.parallel.expert import divide_experts
-from freehold.parallel.processes import Dimension, Processes
+from freehold.parallel.processes import ALONE, Dimension, Processes
 from freehold.parallel.tensor import divide_mixer
 from freehold.parallel.vocabulary import divide_vocabulary
 
@@ -35,8 +36,8 @@ from freehold.parallel.vocabulary import divide_vocabulary
 class Divided:
     """Which part of each parameter a process has; cuts: by name, in the order in which they were made."""
 
-    processes: Processes
-    cuts: Mapping[str, Mapping[Dimension, Cut]]
+    processes: Processes = ALONE
+    cuts: Mapping[str, Mapping[Dimension, Cut]] = field(default_factory=dict)
 
     def part(self, name: str, whole: Tensor) -> Tensor:
         """Return this process's part of a parameter, or of anything of its shape."""
@@ -65,6 +66,9 @@ class Divided:
         return replace(of_data, divided=divided)
 
 
+WHOLE = Divided()
+
+
 def divide_model(decoder: Decoder, processes: Processes) -> Divided:
     """Leave a decoder what this process has of it, and have it ask others for the rest.
 
@@ -79,6 +83,11 @@ def divide_model(decoder: Decoder, processes: Processes) -> Divided:
             cuts.setdefault(prefix + name, {})[dimension] = cut
 
     has = {dimension: processes.size(dimension) > 1 for dimension in ("expert", "context", "tensor")}
+    if (has["tensor"] or has["expert"]) and (decoder.has_adapter or decoder.packed_weights()):
+        raise UnsupportedModel(
+            "weights that are quantized, or have adapters, cannot be divided over processes",
+            hint="merge or dequantize them first (`freehold merge`, `freehold convert`), or divide `context` alone",
+        )
     if has["tensor"]:
         note("", "tensor", divide_vocabulary(decoder, processes.group("tensor")))
     for path, block in _blocks(decoder):

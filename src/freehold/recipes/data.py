@@ -17,6 +17,7 @@ from freehold.parallel.processes import ALONE, OWN_SEQUENCES, Processes
 from freehold.recipes.settings import DataSettings
 from freehold.text.chat import ChatTemplate
 from freehold.text.tokenizer import Tokenizer
+from freehold.train.batch import Batch
 from freehold.train.dataset import Dataset, Sequences
 from freehold.train.order import Order, Source
 from freehold.train.packing import Stream
@@ -65,6 +66,11 @@ def open_streams(
     )
 
 
+def share_of(batch: Batch, processes: Processes) -> Batch:
+    """Return what of a batch this process computes: its tokens of each, where sequences are divided."""
+    return batch.part(processes.group("context")) if processes.size("context") > 1 else batch
+
+
 @torch.no_grad()
 def held_out_loss(decoder: Decoder, stream: Stream, processes: Processes = ALONE) -> float:
     """Return the mean negative log-likelihood of the supervised tokens of one pass over a stream, nats.
@@ -74,7 +80,7 @@ def held_out_loss(decoder: Decoder, stream: Stream, processes: Processes = ALONE
     total, num_supervised, packs = 0.0, 0, stream.one_pass()
     while together := list(islice(packs, processes.size(*OWN_SEQUENCES))):
         index = processes.index(*OWN_SEQUENCES)
-        batch = stream.batch(together[index % len(together)], decoder.device)
+        batch = share_of(stream.batch(together[index % len(together)], decoder.device), processes)
         hidden_TD = decoder(batch.tokens_T, batch.layout)
         loss, count = decoder.lm_head.loss(hidden_TD, batch.labels_T)
         if index < len(together):

@@ -18,9 +18,10 @@ from freehold.errors import BadInput
 from freehold.models.decoder import Decoder
 from freehold.ops.native import native_report
 from freehold.parallel.checkpoint import Saver
-from freehold.parallel.data import Gradients, shard, whole_decoder
+from freehold.parallel.data import shard
+from freehold.parallel.model import Divided, divide_model
 from freehold.parallel.processes import ALONE, OWN_SEQUENCES, Processes
-from freehold.recipes.data import Note, Streams, held_out_loss
+from freehold.recipes.data import Note, Streams, held_out_loss, share_of
 from freehold.recipes.metrics import METRICS, Metrics, StepLine
 from freehold.recipes.settings import TrainSettings
 from freehold.train.balance import all_blocks
@@ -48,11 +49,15 @@ NOBODY = Watch()
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a call ended: at which step, and whether it was the last. num_taken: steps of this call."""
+    """How a call ended: at which step, and whether it was the last. num_taken: steps of this call.
+
+    divided: which part of the model this process has.
+    """
 
     step: int
     num_taken: int
     is_done: bool
+    divided: Divided
 
 
 def train(
@@ -100,7 +105,7 @@ def train(
     finally:
         if metrics:
             metrics.close()
-    return Outcome(step=run.step, num_taken=run.step - first, is_done=run.step >= total)
+    return Outcome(step=run.step, num_taken=run.step - first, is_done=run.step >= total, divided=run.divided)
 
 
 def trained_decoder(decoder: Decoder, folder: Path, outcome: Outcome, processes: Processes) -> Decoder | None:
@@ -110,7 +115,7 @@ def trained_decoder(decoder: Decoder, folder: Path, outcome: Outcome, processes:
     """
     if not processes.any(processes.is_first and outcome.is_done and not folder.exists()):
         return None
-    return whole_decoder(decoder, processes)
+    return outcome.divided.whole_decoder(decoder)
 
 
 def use_threads(settings: TrainSettings) -> int:
@@ -141,17 +146,18 @@ def _new_run(
             hint=f"start a number of processes that divides {settings.packs_per_step}, or change data.tokens_per_step",
         )
     parallel = settings.parallel
+    divided = divide_model(decoder, processes)
     is_sharded = parallel.weights == "shard" and processes.count > 1
     if is_sharded:
         shard(decoder, processes, copies=parallel.copies)
-    gradients = Gradients.of(decoder, processes, copies=parallel.copies)
+    gradients = divided.gradients(decoder, copies=parallel.copies)
     return Run(
         decoder=decoder,
         optimizer=Optimizer(decoder, settings.optimizer, gradients),
         config=_config(settings, recipe),
         machine=_machine(settings, processes),
         cursor=asdict(streams.train.start),
-        processes=processes,
+        divided=divided,
         saver=Saver() if is_sharded else None,
     )
 
@@ -165,7 +171,7 @@ def _take_step(run: Run, settings: TrainSettings, streams: Streams) -> StepLine:
     report = train_step(
         run.decoder,
         run.optimizer,
-        [streams.train.batch(pack, run.decoder.device) for pack in mine],
+        [share_of(streams.train.batch(pack, run.decoder.device), run.processes) for pack in mine],
         number=number,
         learning_rate=schedule.at(number),
         objective=settings.objective,
@@ -206,7 +212,8 @@ def _machine(settings: TrainSettings, processes: Processes) -> dict[str, Any]:
         weights = (
             "with whole weights" if parallel.weights == "replicate" else f"with {parallel.copies} x weights in parts"
         )
-        together = f"{processes.count} processes {weights}"
+        sizes = ", ".join(f"{name} {size}" for name, size in vars(parallel.sizes).items() if size > 1)
+        together = f"{processes.count} processes {weights}{' and ' if sizes else ''}{sizes}"
     return {
         "processes": together,
         "threads": torch.get_num_threads(),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from freehold.errors import BadInput
+from freehold.parallel.processes import Sizes
 from freehold.recipes.toml import Key
 from freehold.train.optim import OptimizerSettings
 from freehold.train.schedule import Schedule
@@ -72,9 +73,28 @@ class ParallelSettings:
     copies: Annotated[
         int, Key(says="How many copies of a sharded model there are; processes divide evenly into them.", least=1)
     ] = 1
+    tensor: Annotated[
+        int,
+        Key(says="Over how many processes every block is divided, by heads and channels.", least=1),
+    ] = 1
+    expert: Annotated[
+        int,
+        Key(says="Over how many processes the experts of each block are divided.", least=1),
+    ] = 1
+    context: Annotated[
+        int,
+        Key(says="Over how many processes sequences are divided, for those that are too long for one.", least=1),
+    ] = 1
+
+    @property
+    def sizes(self) -> Sizes:
+        """How many processes there are along each dimension but data, which has the rest."""
+        return Sizes(expert=self.expert, context=self.context, tensor=self.tensor)
 
     def __post_init__(self) -> None:
         """Refuse what does not fit together. Raises: BadInput."""
+        if self.weights == "shard" and max(self.tensor, self.expert) > 1:
+            raise BadInput('`parallel.tensor` and `parallel.expert` divide weights that are not sharded: "replicate"')
         if self.weights == "replicate" and self.copies > 1:
             raise BadInput(
                 '`parallel.copies` is for `parallel.weights = "shard"`: replicated weights are copies already'

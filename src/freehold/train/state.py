@@ -37,7 +37,8 @@ from freehold.errors import BadFile, BadInput, CheckpointMismatch, PeerFailed
 from freehold.models.decoder import Decoder
 from freehold.parallel.checkpoint import Saver, describe_parts, read_parts
 from freehold.parallel.data import like, local
-from freehold.parallel.processes import ALONE, Processes
+from freehold.parallel.model import WHOLE, Divided
+from freehold.parallel.processes import Processes
 from freehold.train.optim import Optimizer
 
 WEIGHTS, STATE, RECORD, DIGESTS = "weights.safetensors", "state.safetensors", "run.json", "SHA256SUMS"
@@ -54,7 +55,8 @@ class Run:
     machine: what the bits of a step depend on beside that, as JSON. A run goes on with the same one, too, unless there
         are other `processes` in it: then the next steps are the same within rounding.
     step, num_tokens: done so far. cursor: where the data goes on, as JSON.
-    processes: those that make the run together. saver: where they have parts of the weights.
+    divided: which processes make the run together, and which part of the model this one has. saver: where weights are
+        sharded over data.
     """
 
     decoder: Decoder
@@ -64,8 +66,13 @@ class Run:
     step: int = 0
     num_tokens: int = 0
     cursor: Mapping[str, Any] = field(default_factory=dict)
-    processes: Processes = ALONE
+    divided: Divided = WHOLE
     saver: Saver | None = None
+
+    @property
+    def processes(self) -> Processes:
+        """Those that make the run together."""
+        return self.divided.processes
 
 
 def save_run(folder: Path, run: Run, *, num_kept: int = 2) -> Path:
@@ -88,8 +95,10 @@ def save_run(folder: Path, run: Run, *, num_kept: int = 2) -> Path:
         shutil.rmtree(path, ignore_errors=True)
     if run.saver:
         _begin_to_save_parts(path, run, run.saver, num_kept)
-    elif run.processes.is_first:
-        _save_whole(path, run, num_kept)
+    else:
+        weights, state = _weights(run), _state(run)  # of all processes, where they have divided the model
+        if run.processes.is_first:
+            _save_whole(path, run, weights, state, num_kept)
     return path
 
 
@@ -99,8 +108,8 @@ def finish_saving(run: Run) -> None:
         run.saver.finish()
 
 
-def _save_whole(path: Path, run: Run, num_kept: int) -> None:
-    weights, state, record = _weights(run), _state(run), _record(run)
+def _save_whole(path: Path, run: Run, weights: dict[str, Tensor], state: dict[str, Tensor], num_kept: int) -> None:
+    record = _record(run)
     try:
         with new_folder(path, sum(t.nbytes for t in (*weights.values(), *state.values())) + len(record)) as partial:
             save_file(weights, partial / WEIGHTS)
@@ -166,7 +175,8 @@ def resume_run(folder: Path, run: Run) -> tuple[str, ...]:
 
 
 def _weights(run: Run) -> dict[str, Tensor]:
-    return {name: parameter.detach().contiguous() for name, parameter in _moved(run.decoder).items()}
+    moved = _moved(run.decoder).items()
+    return {name: run.divided.whole(name, parameter.detach().contiguous()) for name, parameter in moved}
 
 
 def _moved(decoder: Decoder) -> dict[str, Tensor]:
@@ -180,8 +190,13 @@ def _moved(decoder: Decoder) -> dict[str, Tensor]:
 
 def _state(run: Run) -> dict[str, Tensor]:
     parameters = dict(run.decoder.named_parameters())
+
+    def stored(owner: str, tensor: Tensor) -> Tensor:
+        tensor = like(tensor.contiguous(), parameters.get(owner, tensor))
+        return run.divided.whole(owner, tensor) if tensor.ndim else tensor  # without axes: a count of steps
+
     state = {
-        f"{OF_OPTIMIZER}{name}": like(tensor.contiguous(), parameters.get(name.rpartition("/")[0], tensor))
+        f"{OF_OPTIMIZER}{name}": stored(name.rpartition("/")[0], tensor)
         for name, tensor in run.optimizer.tensors().items()
     }
     return state | {f"{OF_RANDOM}{device}": numbers for device, numbers in _random_numbers(run.decoder)}
@@ -210,10 +225,11 @@ def _load(path: Path, run: Run) -> tuple[str, ...]:
         _check_config(record.get("machine", {}), run.machine)
     is_whole = run.saver is None and (path / WEIGHTS).exists()
     tensors = {**_read(path / WEIGHTS), **_read(path / STATE)} if is_whole else _read_parts(path, run)
-    weights = {n: tensor for n, tensor in tensors.items() if not n.startswith((OF_OPTIMIZER, OF_RANDOM))}
+    part = run.divided.part
+    weights = {n: part(n, tensor) for n, tensor in tensors.items() if not n.startswith((OF_OPTIMIZER, OF_RANDOM))}
     _fill(_moved(run.decoder), weights)
     state = {n.removeprefix(OF_OPTIMIZER): local(t) for n, t in tensors.items() if n.startswith(OF_OPTIMIZER)}
-    run.optimizer.load_tensors(state)
+    run.optimizer.load_tensors({n: part(n.rpartition("/")[0], t) if t.ndim else t for n, t in state.items()})
     torch.set_rng_state(tensors[f"{OF_RANDOM}cpu"].clone())
     if f"{OF_RANDOM}cuda" in tensors and run.decoder.device.type == "cuda":
         torch.cuda.set_rng_state(tensors[f"{OF_RANDOM}cuda"].clone(), run.decoder.device)
