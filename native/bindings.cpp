@@ -114,30 +114,58 @@ void add_attention(Program& program, const Norm& norm, const Matrix& query, cons
                              inner});
 }
 
-void add_mamba2(Program& program, const Norm& norm, const Matrix& input, const Matrix& output, int num_heads,
-                int head_dim, int state_size, int num_groups, int conv_kernel, float norm_eps, float min_step,
-                float max_step, Address conv_weight, Address conv_bias, Address norm_weight, bool weights_are_bfloat16,
-                Address a_log, Address d, Address dt_bias, Address conv_tail, bool tail_is_bfloat16, Address ssm) {
-  Mamba2 inner{};
-  inner.num_heads = num_heads;
-  inner.head_dim = head_dim;
-  inner.state_size = state_size;
-  inner.num_groups = num_groups;
-  inner.conv_kernel = conv_kernel;
-  inner.norm_eps = norm_eps;
-  inner.min_step = min_step;
-  inner.max_step = max_step;
-  inner.weight_element = element(weights_are_bfloat16);
-  inner.conv_weight = at(conv_weight);
-  inner.conv_bias = at(conv_bias);
-  inner.norm_weight = at(norm_weight);
-  inner.a_log = at<const float>(a_log);
-  inner.d = at<const float>(d);
-  inner.dt_bias = at<const float>(dt_bias);
-  inner.tail_element = element(tail_is_bfloat16);
+Mamba2 mamba2_of(int num_heads, int head_dim, int state_size, int num_groups, int conv_kernel, float norm_eps,
+                 float min_step, float max_step, Address conv_weight, Address conv_bias, Address norm_weight,
+                 bool weights_are_bfloat16, Address a_log, Address d, Address dt_bias, bool rows_are_bfloat16) {
+  Mamba2 call{};
+  call.num_heads = num_heads;
+  call.head_dim = head_dim;
+  call.state_size = state_size;
+  call.num_groups = num_groups;
+  call.conv_kernel = conv_kernel;
+  call.norm_eps = norm_eps;
+  call.min_step = min_step;
+  call.max_step = max_step;
+  call.weight_element = element(weights_are_bfloat16);
+  call.conv_weight = at(conv_weight);
+  call.conv_bias = at(conv_bias);
+  call.norm_weight = at(norm_weight);
+  call.a_log = at<const float>(a_log);
+  call.d = at<const float>(d);
+  call.dt_bias = at<const float>(dt_bias);
+  call.tail_element = element(rows_are_bfloat16);
+  return call;
+}
+
+void add_mamba2(Program& program, const Norm& norm, const Matrix& input, const Matrix& output, Mamba2 inner,
+                Address conv_tail, Address ssm) {
   inner.conv_tail = at(conv_tail);
   inner.ssm = at<float>(ssm);
   program.add(Mamba2Mixer{residual_with(norm), input, output, inner});
+}
+
+void call_mamba2_inner(const Kernels& form, int num_threads, Mamba2 call, const Batch& batch, Address projected,
+                       Address conv_tail, Address ssm, Address mixed, Address out) {
+  call.batch = batch;
+  call.projected = at<const float>(projected);
+  call.conv_tail = at(conv_tail);
+  call.ssm = at<float>(ssm);
+  call.mixed = at<float>(mixed);
+  call.out = at<float>(out);
+  nb::gil_scoped_release unlocked;
+  form.mamba2_inner(call, num_threads);
+}
+
+// `found` is where the gradients go, in the order of Mamba2Gradient.
+void call_mamba2_gradient(const Kernels& form, int num_threads, Mamba2 call, const Batch& batch, Address projected,
+                          Address mixed, Address out, const std::vector<Address>& found) {
+  call.batch = batch;
+  call.projected = at<const float>(projected);
+  const auto to = [&](int i) { return at<float>(found.at(i)); };
+  const Mamba2Gradient gradient{call, at<const float>(mixed), at<const float>(out), to(0), to(1), to(2), to(3), to(4),
+                                to(5), to(6)};
+  nb::gil_scoped_release unlocked;
+  form.mamba2_gradient(gradient, num_threads);
 }
 
 void add_moe(Program& program, const Norm& norm, const Matrix& gate, Address correction, int num_experts, int num_chosen,
@@ -147,6 +175,28 @@ void add_moe(Program& program, const Norm& norm, const Matrix& gate, Address cor
   program.add(Moe{residual_with(norm), gate, at<const float>(correction), num_experts, num_chosen, num_groups,
                   num_chosen_groups, normalize_weights, scale, up, down, up_stride, down_stride, shared_up, shared_down,
                   latent_in, latent_out});
+}
+
+void call_choose_experts(const Kernels& form, int num_threads, Address logits, std::size_t num_tokens, int num_experts,
+                         Address correction, int num_chosen, int num_groups, int num_chosen_groups,
+                         bool normalize_weights, float scale, Address experts, Address weights) {
+  Moe router{};
+  router.correction = at<const float>(correction);
+  router.num_experts = num_experts;
+  router.num_chosen = num_chosen;
+  router.num_groups = num_groups;
+  router.num_chosen_groups = num_chosen_groups;
+  router.normalize_weights = normalize_weights;
+  router.scale = scale;
+  nb::gil_scoped_release unlocked;
+  form.choose_experts(router, at<float>(logits), num_tokens, at<std::int32_t>(experts), at<float>(weights), num_threads);
+}
+
+void call_sum_chosen(const Kernels& form, int num_threads, Address results, Address places, Address weights,
+                     std::size_t num_tokens, int num_chosen, std::size_t width, Address out) {
+  nb::gil_scoped_release unlocked;
+  form.sum_chosen(at<const float>(results), at<const std::int32_t>(places), at<const float>(weights), num_tokens,
+                  num_chosen, width, at<float>(out), num_threads);
 }
 
 void run_program(const Program& program, const Kernels& form, int num_threads, Address hidden, bool is_bfloat16,
@@ -224,6 +274,8 @@ NB_MODULE(_kernels, module) {
       .def("__init__", [](Norm* self, Address weight, bool is_bfloat16, float eps, bool cast_then_multiply) {
         new (self) Norm(norm_of(weight, is_bfloat16, eps, cast_then_multiply));
       });
+  nb::class_<Mamba2>(module, "Mamba2");
+  module.def("mamba2", &mamba2_of);
   nb::class_<Batch>(module, "Batch")
       .def("__init__", [](Batch* self, int num_sequences, Address starts, Address contexts, Address slots, Address pages,
                           int pages_per_sequence, int page_size) {
@@ -244,6 +296,10 @@ NB_MODULE(_kernels, module) {
       .def_prop_ro("name", [](const Kernels& form) { return std::string(form.form); })
       .def("rms_norm", &call_rms_norm)
       .def("linear", &call_linear)
+      .def("mamba2_inner", &call_mamba2_inner)
+      .def("mamba2_gradient", &call_mamba2_gradient)
+      .def("choose_experts", &call_choose_experts)
+      .def("sum_chosen", &call_sum_chosen)
       .def("sample", &call_sample)
       .def("multiply_in_registers", &call_multiply_in_registers)
       .def("read_memory", &call_read_memory);

@@ -1,6 +1,7 @@
 #include "kernels.h"
 
 #include "attention_mixer.h"
+#include "mamba2_gradient.h"
 #include "mamba2_mixer.h"
 #include "mlp.h"
 #include "moe.h"
@@ -83,8 +84,8 @@ void linear(const Linear& call, int num_threads) {
 
 const Kernels& kernels() {
   static const Kernels mine{FREEHOLD_QUOTED(FREEHOLD_FORM), rms_norm, embed, linear, sample,
-                            mlp, attention_mixer, mamba2_mixer, moe,
-                            multiply_in_registers, read_memory};
+                            mlp, attention_mixer, mamba2_mixer, mamba2_inner, mamba2_gradient, moe,
+                            choose_experts, sum_chosen, multiply_in_registers, read_memory};
   return mine;
 }
 

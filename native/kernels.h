@@ -16,7 +16,13 @@ struct Kernels {
   void (*mlp)(const Mlp&, int num_threads);
   void (*attention)(AttentionMixer, int num_threads);
   void (*mamba2)(Mamba2Mixer, int num_threads);
+  void (*mamba2_inner)(const Mamba2&, int num_threads);
+  void (*mamba2_gradient)(const Mamba2Gradient&, int num_threads);
   void (*moe)(const Moe&, int num_threads);
+  void (*choose_experts)(const Moe& router, float* logits, std::size_t num_tokens, std::int32_t* experts, float* weights,
+                         int num_threads);
+  void (*sum_chosen)(const float* results, const std::int32_t* places, const float* weights, std::size_t num_tokens,
+                     int num_chosen, std::size_t width, float* out, int num_threads);
   double (*multiply_in_registers)(Arithmetic, std::size_t num_rounds, int num_threads);
   void (*read_memory)(const std::uint8_t* data, std::size_t num_bytes, int num_threads);
 };

@@ -5,79 +5,19 @@
 // once for TOGETHER tokens, and the multipliers bound it. For a single token it is read and written once, 8 bytes for 3
 // operations, and the cache or memory that holds it bounds it.
 // Norm, per token and channel: reads 8 bytes, writes 4; a silu and 4 operations. Memory bounds it.
-#include "mamba2.h"
-
-#include "simd.h"
+#include "mamba2_channels.h"
 
 namespace freehold::FREEHOLD_FORM {
 namespace {
 
 using std::size_t;
 
-constexpr int MAX_TAPS = 8;         // a power of two, so that the rows of the convolution go around cheaply
-constexpr int MAX_STRIPS = 4;       // strips of sixteen channels in a task of the convolution
 constexpr int ROWS_AHEAD = 4;       // rows of `projected` are pages apart, which the hardware does not foresee
 constexpr int TOGETHER = 2;         // tokens of a prompt that pass over the state at once: as many as 16 registers hold
 constexpr int ABREAST = 4;          // strips of the state that a single token takes at once, to read it in order
 constexpr int TOKENS_PER_TASK = 8;  // of the norm
 
-inline size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
-
-// The sizes of a call, in elements.
-struct Sizes {
-  size_t num_tokens, inner, channels, projected;
-};
-
-Sizes sizes_of(const Mamba2& call) {
-  const size_t inner = static_cast<size_t>(call.num_heads) * call.head_dim;
-  const size_t channels = inner + 2 * static_cast<size_t>(call.num_groups) * call.state_size;
-  return {static_cast<size_t>(call.batch.num_tokens()), inner, channels, inner + channels + call.num_heads};
-}
-
 // ---- convolution ----
-
-// Consecutive channels of a task, sixteen to a strip, and where the strips of token 0 go in `mixed`.
-struct Channels {
-  size_t first;
-  int num_strips;
-  float weight[MAX_TAPS][MAX_STRIPS * LANES], bias[MAX_STRIPS * LANES];
-  float* to[MAX_STRIPS];
-  size_t to_pitch[MAX_STRIPS];
-};
-
-template <typename Weight>
-void load_weights(const Mamba2& call, Channels& channels) {
-  const size_t num_taps = call.conv_kernel;
-  const Weight* bias = static_cast<const Weight*>(call.conv_bias) + channels.first;
-  const Weight* weight = static_cast<const Weight*>(call.conv_weight) + channels.first * num_taps;
-  const auto transpose = [&](size_t taps) {
-    for (int i = 0; i < channels.num_strips * LANES; ++i) {
-      channels.bias[i] = wide(bias[i]);
-      for (size_t tap = 0; tap < taps; ++tap) channels.weight[tap][i] = wide(weight[i * taps + tap]);
-    }
-  };
-  // A single token spends most of its time here, and half of that when the compiler knows the number.
-  num_taps == 4 ? transpose(4) : transpose(num_taps);
-}
-
-// A strip lies within one head or group, because their widths are multiples of sixteen.
-void place_strips(const Mamba2& call, const Sizes& sizes, Channels& channels) {
-  for (int strip = 0; strip < channels.num_strips; ++strip) {
-    const size_t channel = channels.first + strip * LANES;
-    const bool is_x = channel < sizes.inner;
-    const size_t width = is_x ? call.head_dim : call.state_size;
-    const size_t within = (is_x ? channel : channel - sizes.inner) % width;
-    channels.to[strip] = call.mixed + sizes.num_tokens * (channel - within) + within;
-    channels.to_pitch[strip] = width;
-  }
-}
-
-inline F32 rounded(F32 value, const float*) { return value; }
-inline F32 rounded(F32 value, const std::uint16_t*) {
-  std::uint16_t lanes[LANES];
-  store(lanes, value);
-  return load(lanes);
-}
 
 // The rows of a sequence, its tail first, go around in `rows`: row r is at r % MAX_TAPS, and token l meets the rows
 // l to l + W - 1. The rows after the last token's first are the new tail, however few tokens there are.
@@ -97,11 +37,11 @@ void convolve_sequence(const Mamba2& call, const Sizes& sizes, const Channels& c
     for (int strip = 0; strip < num_strips; ++strip) {
       const int i = strip * LANES;
       prefetch(from + ROWS_AHEAD * sizes.projected + i);
-      store(newest + i, rounded(load(from + i), tail));
+      store(newest + i, rounded(load(from + i), call.tail_element));
       F32 sum = load(channels.bias + i);
       for (int tap = 0; tap < num_taps; ++tap)
         sum = fma(load(rows[(token + tap) % MAX_TAPS] + i), load(channels.weight[tap] + i), sum);
-      store(channels.to[strip] + (start + token) * channels.to_pitch[strip], silu(sum));
+      store(call.mixed + channels.at[strip] + (start + token) * channels.pitch[strip], silu(sum));
     }
   }
   for (int row = 0; row < num_taps - 1; ++row)
@@ -110,22 +50,6 @@ void convolve_sequence(const Mamba2& call, const Sizes& sizes, const Channels& c
 }
 
 // ---- scan ----
-
-// log(1 + e**x) = max(x, 0) + log1p(w) with w = e**-|x|, and log1p(w) = 2 atanh(s) with s = w / (2 + w) <= 1/3, whose
-// series ends where the next term is below 2e-9 of the sum.
-F32 softplus(F32 x) {
-  const F32 w = exp(splat(0.0f) - absolute(x));
-  const F32 s = w / (splat(2.0f) + w), square = s * s;
-  F32 series = splat(1.0f / 15.0f);
-  series = fma(series, square, splat(1.0f / 13.0f));
-  series = fma(series, square, splat(1.0f / 11.0f));
-  series = fma(series, square, splat(1.0f / 9.0f));
-  series = fma(series, square, splat(1.0f / 7.0f));
-  series = fma(series, square, splat(1.0f / 5.0f));
-  series = fma(series, square, splat(1.0f / 3.0f));
-  series = fma(series, square, splat(1.0f));
-  return max(x, splat(0.0f)) + (s + s) * series;
-}
 
 // Up to sixteen tokens of one head. y takes the place of x.
 struct Block {
@@ -141,10 +65,7 @@ void load_steps(const Mamba2& call, const Sizes& sizes, int head, size_t token, 
   float dt[LANES] = {};
   const float* from = call.projected + token * sizes.projected + sizes.inner + sizes.channels + head;
   for (int i = 0; i < block.num_tokens; ++i) dt[i] = from[i * sizes.projected];
-  const F32 low = splat(call.min_step), high = splat(call.max_step);
-  F32 step = softplus(load(dt) + splat(call.dt_bias[head]));
-  step = where_less(step, low, low, step);
-  step = where_less(high, step, high, step);
+  const F32 step = clamped(softplus(load(dt) + splat(call.dt_bias[head])), call.min_step, call.max_step);
   store(block.step, step);
   store(block.decay, exp(step * (splat(0.0f) - exp(splat(call.a_log[head])))));
 }
@@ -246,16 +167,9 @@ void normalize_group(const Mamba2& call, const Sizes& sizes, size_t token, size_
 
 void convolve(Team& team, const Mamba2& call) {
   const Sizes sizes = sizes_of(call);
-  const size_t width = MAX_STRIPS * LANES, num_tasks = (sizes.channels + width - 1) / width;
+  const size_t num_tasks = num_channel_tasks(sizes);
   for (size_t task = team.claim(); task < num_tasks; task = team.claim()) {
-    Channels channels;
-    channels.first = task * width;
-    channels.num_strips = static_cast<int>(smaller(width, sizes.channels - channels.first) / LANES);
-    if (call.weight_element == Element::float32)
-      load_weights<float>(call, channels);
-    else
-      load_weights<std::uint16_t>(call, channels);
-    place_strips(call, sizes, channels);
+    const Channels channels = channels_of(call, sizes, task);
     for (int sequence = 0; sequence < call.batch.num_sequences; ++sequence)
       if (call.tail_element == Element::float32)
         convolve_sequence<float>(call, sizes, channels, sequence);

@@ -38,6 +38,19 @@ struct Mamba2 {
   float* out;  // [T, I]
 };
 
+// The gradients of a call whose sequences begin with empty states and leave none. Where one is [T, I + C + H] its columns
+// are those of `projected`.
+struct Mamba2Gradient {
+  Mamba2 call;                // as it was, but its states are not read
+  const float* mixed;         // what the call left there: y, [H, T, P], comes first
+  const float* out;           // [T, I], the gradient to begin with
+  float* projected;           // [T, I + C + H], to be written like all that follow
+  float* conv_weight;         // [C, W]
+  float* conv_bias;           // [C]
+  float* norm_weight;         // [I]
+  float *a_log, *d, *dt_bias; // [H]
+};
+
 }  // namespace freehold
 
 #ifdef FREEHOLD_FORM

@@ -3,6 +3,22 @@
 #include "phases.h"
 
 namespace freehold::FREEHOLD_FORM {
+namespace {
+
+// Phases: everything between the projections.
+void mix(Team& team, const Mamba2& call) {
+  convolve(team, call);
+  team.barrier();
+  scan(team, call);
+  team.barrier();
+  gate_and_normalize(team, call);
+}
+
+}  // namespace
+
+void mamba2_inner(const Mamba2& call, int num_threads) {
+  run_team(num_threads, [&](Team& team, int) { mix(team, call); });
+}
 
 void mamba2_mixer(Mamba2Mixer call, int num_threads) {
   const Residual& residual = call.residual;
@@ -22,11 +38,7 @@ void mamba2_mixer(Mamba2Mixer call, int num_threads) {
     team.barrier();
     write_product(team, normed, call.input, projected);
     team.barrier();
-    convolve(team, call.mamba2);
-    team.barrier();
-    scan(team, call.mamba2);
-    team.barrier();
-    gate_and_normalize(team, call.mamba2);
+    mix(team, call.mamba2);
     team.barrier();
     quantize_all(team, mixed);
     add_product(team, residual, mixed, call.output);

@@ -5,6 +5,9 @@
 
 namespace freehold::FREEHOLD_FORM {
 
+// What lies between the projections alone; every address of the call is set.
+void mamba2_inner(const Mamba2& call, int num_threads);
+
 void mamba2_mixer(Mamba2Mixer call, int num_threads);
 
 }  // namespace freehold::FREEHOLD_FORM

@@ -168,15 +168,11 @@ void answer(Team& team, const Moe& call, const Work& work) {
   });
 }
 
-// A token's routed results, weighted and summed in the order of its choice: columns i to i + count - 1.
-F32 weighted_sum(const Moe& call, const Work& work, std::size_t token, std::size_t i, std::size_t count) {
-  const std::size_t width = call.down.num_rows;
+// What a token's experts say, weighted and summed in the order of its choice: `count` columns from `results` on.
+F32 weighted_sum(const float* results, std::size_t width, const std::int32_t* places, const float* weights, int num_chosen,
+                 std::size_t count) {
   F32 sum = splat(0.0f);
-  for (int x = 0; x < call.num_chosen; ++x) {
-    const std::size_t choice = token * call.num_chosen + x;
-    const float* result = work.results + work.all.places[choice] * width + i;
-    sum = fma(splat(work.all.weights[choice]), load_first(result, count), sum);
-  }
+  for (int x = 0; x < num_chosen; ++x) sum = fma(splat(weights[x]), load_first(results + places[x] * width, count), sum);
   return sum;
 }
 
@@ -187,7 +183,9 @@ void combine(Team& team, const Moe& call, const Work& work) {
   for_each(team, residual.num_tokens, 1, [&](std::size_t token) {
     for (std::size_t i = 0; i < width; i += LANES) {
       const std::size_t count = width - i < LANES ? width - i : LANES;
-      const F32 routed = weighted_sum(call, work, token, i, count);
+      const std::size_t choice = token * call.num_chosen;
+      const F32 routed = weighted_sum(work.results + i, width, work.all.places + choice, work.all.weights + choice,
+                                      call.num_chosen, count);
       if (call.latent_out) {
         store_first(work.latent.row(token) + i, routed, count);
         continue;
@@ -268,6 +266,30 @@ void moe(const Moe& call, int num_threads) {
       team.barrier();
       leave_latent(team, call, work);
     }
+  });
+}
+
+void choose_experts(const Moe& router, float* logits, std::size_t num_tokens, std::int32_t* experts, float* weights,
+                    int num_threads) {
+  run_team(num_threads, [&](Team& team, int) {
+    for_each(team, num_tokens, grain_of(team, num_tokens), [&](std::size_t token) {
+      const std::size_t choice = token * router.num_chosen;
+      choose(router, logits + token * router.num_experts, experts + choice, weights + choice);
+    });
+  });
+}
+
+void sum_chosen(const float* results, const std::int32_t* places, const float* weights, std::size_t num_tokens,
+                int num_chosen, std::size_t width, float* out, int num_threads) {
+  run_team(num_threads, [&](Team& team, int) {
+    for_each(team, num_tokens, grain_of(team, num_tokens), [&](std::size_t token) {
+      const std::size_t choice = token * num_chosen;
+      for (std::size_t i = 0; i < width; i += LANES) {
+        const std::size_t count = width - i < LANES ? width - i : LANES;
+        const F32 sum = weighted_sum(results + i, width, places + choice, weights + choice, num_chosen, count);
+        store_first(out + token * width + i, sum, count);
+      }
+    });
   });
 }
 

@@ -172,9 +172,8 @@ def test_attention_that_sees_its_neighbours_breaks_company(monkeypatch):
 @pytest.mark.usefixtures("references")
 def test_a_state_that_leaks_into_the_next_sequence_breaks_company(monkeypatch):
     class Leaky(mamba2.Mamba2):
-        def _mix_spans(self, xbc_TC, dt_TH, layout, state):
-            whole = Layout.packed([layout.num_tokens]) if state is None else layout
-            return super()._mix_spans(xbc_TC, dt_TH, whole, state)
+        def _mix_anew(self, projected_TP, layout):
+            return super()._mix_anew(projected_TP, Layout.packed([layout.num_tokens]))
 
     decoder = tiny_decoder(NEMOTRON)
     decoder.blocks[0].mixer.__class__ = Leaky

@@ -64,6 +64,23 @@ def assert_same_bits_everywhere(block, width, dtype, kv_dtype=None) -> None:
             assert all(same_bits(a, b) for a, b in pairs), f"{form}, {num_threads} threads"
 
 
+RECURRENT_OR_ROUTED = {
+    name: case
+    for name, case in SPECS.items()
+    if isinstance(case[0], Mamba2Spec | MoeSpec | MlpSpec) and "gated" not in name
+}
+
+
+@pytest.mark.parametrize(("spec", "width"), RECURRENT_OR_ROUTED.values(), ids=RECURRENT_OR_ROUTED)
+def test_ops_whose_gradient_is_recorded_give_the_bits_of_the_whole_block(spec, width):
+    block, layout = random_block(spec, width, dtype=torch.float32), Layout.packed((37, 1, 70))
+    hidden_TD = random_hidden(layout.num_tokens, width, dtype=torch.float32)
+    with torch.no_grad():
+        expected_TD = block(hidden_TD.clone(), layout, None)
+    block.requires_grad_(True)
+    assert same_bits(block.reference(hidden_TD, layout, None).detach(), expected_TD)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @EACH
 def test_a_block_equals_its_reference(spec, width, dtype):

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from freehold.ops.moe import balance_loss, count_chosen, mix_experts, route, router_scores
+from freehold.ops.moe import (
+    balance_loss,
+    count_chosen,
+    mix_experts,
+    mix_experts_reference,
+    route,
+    route_reference,
+    router_scores,
+)
+from models.forms import needs_kernels, on_threads, same_bits
 
 # float32: products of a few rows at once may sum in another order than those of one row.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
@@ -111,14 +120,92 @@ def test_a_token_has_the_same_values_alone_and_among_others():
         torch.testing.assert_close(alone_TZ[0], together_TZ[t], rtol=1e-4, atol=1e-4)
 
 
-def test_the_sum_of_bfloat16_experts_is_rounded_once():
+@needs_kernels
+def test_bfloat16_experts_meet_float32_inside_and_their_sum_is_rounded_once():
     input_TZ, experts_TX, weights_TX, up_EFZ, down_EZF = random_experts()
     bf16 = [t.bfloat16() for t in (input_TZ, up_EFZ, down_EZF)]
     out_TZ = mix_experts(bf16[0], experts_TX, weights_TX, *bf16[1:])
-    parts = [mix_experts(bf16[0], experts_TX[:, [x]], torch.ones(TOKENS, 1), *bf16[1:]) for x in range(3)]
-    expected_TZ = sum(part.float() * weights_TX[:, [x]] for x, part in enumerate(parts))
+    wide = [t.float() for t in bf16]
+    expected_TZ = mix_experts(wide[0], experts_TX, weights_TX, *wide[1:])
     assert out_TZ.dtype is torch.bfloat16
-    torch.testing.assert_close(out_TZ.float(), expected_TZ, rtol=2.0**-7, atol=1e-6)
+    assert same_bits(out_TZ, expected_TZ.bfloat16())
+
+
+# Gradients against the references in float64, relative to the largest of each tensor: sums of float32 products.
+GRADIENTS = 2e-6
+
+
+def gradients_of(out, inputs):
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return torch.autograd.grad((out * weight).sum(), inputs)
+
+
+def assert_gradients_close(found, expected):
+    for ours, theirs in zip(found, expected, strict=True):
+        scale = float(theirs.abs().max().clamp(min=1e-6))
+        torch.testing.assert_close(ours.double(), theirs, rtol=0.0, atol=GRADIENTS * scale)
+
+
+def mix_in_float64(experts_TX, tensors):
+    wide = [t.detach().double().requires_grad_(True) for t in tensors]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        return gradients_of(mix_experts_reference(wide[0], experts_TX, *wide[1:]), wide)
+
+
+def mix_by_kernels(experts_TX, tensors):
+    inputs = [t.requires_grad_(True) for t in tensors]
+    return gradients_of(mix_experts(inputs[0], experts_TX, *inputs[1:]), inputs)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("width", "inner"), [(6, 10), (16, 48), (33, 17), (64, 24)])
+@pytest.mark.parametrize("num_chosen", [1, 3, EXPERTS])
+def test_gradients_of_the_mix_are_those_of_the_reference_in_float64(num_chosen, width, inner):
+    input_TZ, experts_TX, *tensors = random_experts(width, inner, num_chosen)
+    assert_gradients_close(
+        mix_by_kernels(experts_TX, [input_TZ, *tensors]), mix_in_float64(experts_TX, [input_TZ, *tensors])
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize("experts_TX", [[[5, 2]], [[7, 0]] * TOKENS], ids=["one-token", "two-experts-for-all"])
+def test_experts_that_nobody_chose_have_gradients_of_zero(experts_TX):
+    experts_TX = torch.tensor(experts_TX)
+    input_TZ, _, weights_TX, up_EFZ, down_EZF = random_experts(num_chosen=2)
+    tensors = [input_TZ[: len(experts_TX)], weights_TX[: len(experts_TX)], up_EFZ, down_EZF]
+    found = mix_by_kernels(experts_TX, tensors)
+    assert_gradients_close(found, mix_in_float64(experts_TX, tensors))
+    idle = sorted(set(range(EXPERTS)) - set(experts_TX.flatten().tolist()))
+    assert not any(gradient[idle].any() for gradient in found[2:])
+
+
+@needs_kernels
+def test_the_number_of_threads_changes_no_bit_of_the_mix():
+    input_TZ, experts_TX, *tensors = random_experts(width=48, inner=80)
+    found = []
+    for num_threads in (1, 2, 3):
+        with on_threads(num_threads):
+            found.append(mix_experts(input_TZ, experts_TX, *tensors))
+    assert all(same_bits(other, found[0]) for other in found[1:])
+
+
+@needs_kernels
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_gradients_of_the_router_are_those_of_the_reference_in_float64(settings):
+    hidden_TD, gate_ED = torch.randn(TOKENS, WIDTH), torch.randn(EXPERTS, WIDTH)
+    correction_E = 0.3 * torch.randn(EXPERTS)
+    inputs = [t.requires_grad_(True) for t in (hidden_TD, gate_ED)]
+    experts_TX, weights_TX = route(*inputs, correction_E, **(DEFAULTS | settings))
+    found = gradients_of(weights_TX, inputs)
+    wide = [t.detach().double().requires_grad_(True) for t in inputs]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        expected_TX, wide_TX = route_reference(*wide, correction_E, **(DEFAULTS | settings))
+        expected = gradients_of(wide_TX, wide)
+    assert torch.equal(experts_TX, expected_TX)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
 
 
 # How even the choice is.

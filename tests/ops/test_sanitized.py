@@ -31,7 +31,7 @@ AVX512 = (
 FORM_FLAGS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "avx512vnni": [*AVX512, "-DFREEHOLD_VNNI"]}
 KERNELS = (  # as CMakeLists.txt
     "attention attention_mixer attention_write kernels linear_float linear_quantized"
-    " mamba2 mamba2_mixer mlp moe peaks rows sampling"
+    " mamba2 mamba2_gradient mamba2_mixer mlp moe peaks rows sampling scan_gradient"
 ).split()
 SHARED = ["memory", "pack", "pool", "program", "scratch"]
 

@@ -10,7 +10,8 @@ from freehold.models.layout import Layout, Recurrent, allocate_state
 from freehold.models.linear import Linear, float32_parameter
 from freehold.models.spec import Mamba2Spec
 from freehold.ops.conv import causal_conv, causal_conv_step
-from freehold.ops.mixers import Norm, Program, can_run, can_scan
+from freehold.ops.mamba2 import Mamba2Sizes, can_mix, can_take, mix, mix_reference
+from freehold.ops.mixers import Norm, Program, can_run
 from freehold.ops.native import keeps_rows_apart
 from freehold.ops.norm import gated_group_rms_norm
 from freehold.ops.ssm import scan, scan_step, step_sizes
@@ -34,7 +35,12 @@ class GatedNorm(nn.Module):
 
 
 class Mamba2(nn.Module):
-    """A state-space mixer whose state is the last W-1 rows before the convolution and S [H, P, N] per sequence."""
+    """A state-space mixer whose state is the last W-1 rows before the convolution and S [H, P, N] per sequence.
+
+    sees_all: whether every sequence without a state is whole.
+    """
+
+    sees_all = True
 
     def __init__(self, spec: Mamba2Spec, width: int):
         super().__init__()
@@ -67,8 +73,10 @@ class Mamba2(nn.Module):
 
     def _mix(self, projected_TP: Tensor, layout: Layout, state: Recurrent | None) -> Tensor:
         """Return what lies between the projections, [T, I]: convolution, scan, gate and norm."""
+        if state is None and self.sees_all:
+            return self._mix_anew(projected_TP, layout)
         spec = self.spec
-        gate_TI, xbc_TC, dt_TH = projected_TP.split((spec.inner_width, spec.conv_width, spec.num_heads), dim=-1)
+        gate_TI, xbc_TC, dt_TH = projected_TP.split(self.sizes.widths, dim=-1)
         dt_TH = step_sizes(dt_TH, self.dt_bias, limit=spec.time_step_limit)
         if state is not None and layout.is_decode:
             y_THP = self._mix_step(xbc_TC, dt_TH, layout, state)
@@ -78,25 +86,19 @@ class Mamba2(nn.Module):
             y_THP.flatten(1), gate_TI, self.norm.weight, num_groups=spec.num_groups, eps=spec.norm_eps
         )
 
-    def is_native(self) -> bool:
-        """Return whether kernels can take this mixer."""
-        spec, conv, norm = self.spec, self.conv1d, self.norm
-        weights = (conv.weight, conv.bias, norm.weight)
-        vectors = (self.A_log, self.D, self.dt_bias)
-        return (
-            can_scan(head_dim=spec.head_dim, state_size=spec.state_size, conv_kernel=spec.conv_kernel)
-            and len({weight.dtype for weight in weights}) == 1
-            and all(vector.dtype is torch.float32 for vector in vectors)
-            and can_run((self.in_proj.weight, self.out_proj.weight, *weights, *vectors))
-        )
+    def _mix_anew(self, projected_TP: Tensor, layout: Layout) -> Tensor:
+        """Return `_mix` of sequences that begin here and leave no state; by the kernels where a gradient may follow."""
+        if torch.is_grad_enabled() and can_mix(projected_TP, self.weights, self.sizes):
+            dtype = projected_TP.dtype
+            mixed_TI = mix(projected_TP, *self.weights, sizes=self.sizes, starts=layout.starts, row_dtype=dtype)
+            return mixed_TI.to(dtype)
+        return mix_reference(projected_TP, *self.weights, sizes=self.sizes, starts=layout.starts)
 
-    def add_to(self, program: Program, norm: Norm, state: Recurrent) -> None:
-        """Add this mixer's block to a program. Mutates: program."""
+    @property
+    def sizes(self) -> Mamba2Sizes:
+        """What ops have to know beside the weights."""
         spec = self.spec
-        program.add_mamba2(
-            norm,
-            input=self.in_proj.weight,
-            output=self.out_proj.weight,
+        return Mamba2Sizes(
             num_heads=spec.num_heads,
             head_dim=spec.head_dim,
             state_size=spec.state_size,
@@ -104,12 +106,25 @@ class Mamba2(nn.Module):
             conv_kernel=spec.conv_kernel,
             norm_eps=spec.norm_eps,
             step_limit=spec.time_step_limit,
-            conv_weight_CW=self.conv1d.weight,
-            conv_bias_C=self.conv1d.bias,
-            norm_weight_I=self.norm.weight,
-            a_log_H=self.A_log,
-            d_H=self.D,
-            dt_bias_H=self.dt_bias,
+        )
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The weights between the projections, as `ops.mamba2.mix` takes them."""
+        return self.conv1d.weight, self.conv1d.bias, self.norm.weight, self.A_log, self.D, self.dt_bias
+
+    def is_native(self) -> bool:
+        """Return whether kernels can take this mixer."""
+        return can_take(self.weights, self.sizes) and can_run((self.in_proj.weight, self.out_proj.weight))
+
+    def add_to(self, program: Program, norm: Norm, state: Recurrent) -> None:
+        """Add this mixer's block to a program. Mutates: program."""
+        program.add_mamba2(
+            norm,
+            input=self.in_proj.weight,
+            output=self.out_proj.weight,
+            sizes=self.sizes,
+            weights=self.weights,
             conv_tail=state.conv_tail,
             ssm=state.ssm,
         )
@@ -125,27 +140,18 @@ class Mamba2(nn.Module):
         return y_BHP
 
     def _mix_spans(self, xbc_TC: Tensor, dt_TH: Tensor, layout: Layout, state: Recurrent | None) -> Tensor:
+        assert state is not None, "sequences that begin anew, and are whole, go another way"
         outputs = []
-        for sequence, (start, stop) in enumerate(layout.spans):
-            tail_YC, ssm_HPN = self._initial_state(layout, sequence, state, xbc_TC)
-            xbc_LC, tail_YC = causal_conv(xbc_TC[start:stop], tail_YC, self.conv1d.weight, self.conv1d.bias)
+        for slot, (start, stop) in zip(layout.slots, layout.spans, strict=True):
+            xbc_LC, tail_YC = causal_conv(
+                xbc_TC[start:stop], state.conv_tail[slot], self.conv1d.weight, self.conv1d.bias
+            )
             x_LHP, b_LGN, c_LGN = self._split(xbc_LC)
-            y_LHP, ssm_HPN = scan(x_LHP, dt_TH[start:stop], self._a_H(), b_LGN, c_LGN, self.D, ssm_HPN)
+            y_LHP, ssm_HPN = scan(x_LHP, dt_TH[start:stop], self._a_H(), b_LGN, c_LGN, self.D, state.ssm[slot].mT)
             outputs.append(y_LHP)
-            if state is not None:
-                state.conv_tail[layout.slots[sequence]] = tail_YC
-                state.ssm[layout.slots[sequence]] = ssm_HPN.mT
+            state.conv_tail[slot] = tail_YC
+            state.ssm[slot] = ssm_HPN.mT
         return torch.cat(outputs)
-
-    def _initial_state(
-        self, layout: Layout, sequence: int, state: Recurrent | None, like: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        if state is not None:
-            slot = layout.slots[sequence]
-            return state.conv_tail[slot], state.ssm[slot].mT
-        spec = self.spec
-        tail_YC = like.new_zeros(spec.conv_kernel - 1, spec.conv_width)
-        return tail_YC, like.new_zeros(spec.num_heads, spec.head_dim, spec.state_size, dtype=torch.float32)
 
     def _split(self, xbc_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         spec = self.spec

@@ -7,9 +7,8 @@ from freehold.models.layout import ExpertLoad, Layout
 from freehold.models.linear import Linear, float32_parameter
 from freehold.models.mlp import SquaredReluMlp
 from freehold.models.spec import MoeSpec
-from freehold.ops.mixers import MAX_EXPERTS, Norm, Program, can_run
-from freehold.ops.moe import balance_loss, count_chosen, mix_experts, route, router_scores
-from freehold.ops.native import keeps_rows_apart
+from freehold.ops.mixers import Norm, Program, can_run
+from freehold.ops.moe import MAX_EXPERTS, balance_loss, count_chosen, mix_experts, route, router_scores
 from freehold.ops.weight import Weight
 
 
@@ -100,9 +99,6 @@ class Moe(nn.Module):
         )
 
     def _route(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
-        if len(hidden_TD) > 1 and keeps_rows_apart(hidden_TD):
-            experts, weights = zip(*map(self._route, hidden_TD.split(1)), strict=True)
-            return torch.cat(experts), torch.cat(weights)
         spec = self.spec
         return route(
             hidden_TD,

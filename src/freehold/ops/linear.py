@@ -44,10 +44,16 @@ def _linear_adapted(hidden_TD: Tensor, weight: Adapted, bias_F: Tensor | None) -
 
 
 def _linear_native(hidden_TD: Tensor, weight: Weight, bias_F: Tensor | None) -> Tensor:
+    out_TF = hidden_TD.new_empty(len(hidden_TD), weight.shape[-2])
+    write_product(hidden_TD, weight, out_TF, bias_F)
+    return out_TF
+
+
+def write_product(hidden_TD: Tensor, weight: Weight, out_TF: Tensor, bias_F: Tensor | None = None) -> None:
+    """Write `linear` of tensors that the kernels can take, without a gradient. Mutates: out_TF."""
     form, (num_tokens, width) = kernels(), hidden_TD.shape
     assert form is not None, "the caller has asked"
     assert weight.shape[-1] == width, f"a weight of {tuple(weight.shape)} for rows of {width}"
-    out_TF = hidden_TD.new_empty(num_tokens, weight.shape[-2])
     form.linear(
         torch.get_num_threads(),
         out_TF.data_ptr(),
@@ -58,7 +64,6 @@ def _linear_native(hidden_TD: Tensor, weight: Weight, bias_F: Tensor | None) -> 
         0 if bias_F is None else bias_F.data_ptr(),
         bias_F is not None and bias_F.dtype is torch.bfloat16,
     )
-    return out_TF
 
 
 def embed(tokens_T: Tensor, weight: Weight) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freehold.ops.mamba2 import Mamba2Sizes, native_mamba2
 from freehold.ops.native import Batch, extension, is_native, kernels
 from freehold.ops.norm import NormOrder, native_norm
 from freehold.ops.weight import Adapted, Packed, Weight, bare, matrix_of
@@ -20,8 +21,6 @@ from freehold.ops.weight import Adapted, Packed, Weight, bare, matrix_of
 # What native/*.h say of the sizes that kernels take.
 LANES = 16
 MAX_HEAD_DIM = 256
-MAX_TAPS = 8
-MAX_EXPERTS = 1024
 
 
 def can_run(tensors: Sequence[Weight | None]) -> bool:
@@ -138,38 +137,21 @@ class Program:
         *,
         input: Weight,
         output: Weight,
-        num_heads: int,
-        head_dim: int,
-        state_size: int,
-        num_groups: int,
-        conv_kernel: int,
-        norm_eps: float,
-        step_limit: tuple[float, float],
-        conv_weight_CW: Tensor,
-        conv_bias_C: Tensor,
-        norm_weight_I: Tensor,
-        a_log_H: Tensor,
-        d_H: Tensor,
-        dt_bias_H: Tensor,
+        sizes: Mamba2Sizes,
+        weights: Sequence[Tensor],
         conv_tail: Tensor,
         ssm: Tensor,
     ) -> None:
-        """Add a Mamba-2 mixer with the states of all slots."""
+        """Add a Mamba-2 mixer with the states of all slots.
+
+        weights: those of `ops.mamba2.mix`, in its order.
+        """
+        self._kept.extend(weights)
         self._native.add_mamba2(
             self._norm(norm),
             *map(self._matrix, (input, output)),
-            num_heads,
-            head_dim,
-            state_size,
-            num_groups,
-            conv_kernel,
-            norm_eps,
-            *step_limit,
-            *map(self._address, (conv_weight_CW, conv_bias_C, norm_weight_I)),
-            conv_weight_CW.dtype is torch.bfloat16,
-            *map(self._address, (a_log_H, d_H, dt_bias_H, conv_tail)),
-            conv_tail.dtype is torch.bfloat16,
-            self._address(ssm),
+            native_mamba2(sizes, weights, row_dtype=conv_tail.dtype),
+            *map(self._address, (conv_tail, ssm)),
         )
 
     def add_moe(
@@ -235,11 +217,6 @@ class Norm:
 def can_attend(head_dim: int) -> bool:
     """Return whether the attention kernel takes heads of this size."""
     return head_dim % LANES == 0 and head_dim <= MAX_HEAD_DIM
-
-
-def can_scan(*, head_dim: int, state_size: int, conv_kernel: int) -> bool:
-    """Return whether the Mamba-2 kernel takes these sizes."""
-    return head_dim % LANES == 0 and state_size % LANES == 0 and conv_kernel <= MAX_TAPS
 
 
 def _stride(stacked: Weight) -> int:

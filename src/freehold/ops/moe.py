@@ -4,17 +4,21 @@ Paper: DeepSeek-V3 technical report, 2024, arXiv 2412.19437, section 2.1.2 (sigm
 group-limited choice); LatentMoE is arXiv 2512.20856, and concerns only the width that `mix_experts` is given.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-from freehold.ops.linear import linear
+from freehold.ops.linear import linear, write_product
+from freehold.ops.native import is_native, kernels
 from freehold.ops.weight import Weight, matrix_at
 
+MAX_EXPERTS = 1024  # that kernels take, as native/mixers.h says
 
-def route(
+
+def route_reference(
     hidden_TD: Tensor,
     gate_ED: Tensor,
     correction_E: Tensor,
@@ -45,6 +49,88 @@ def route(
     if normalize_weights:
         weights_TX = weights_TX / (weights_TX.sum(dim=-1, keepdim=True) + 1e-20)
     return experts_TX, weights_TX * scale
+
+
+def route(
+    hidden_TD: Tensor,
+    gate_ED: Tensor,
+    correction_E: Tensor,
+    *,
+    num_chosen: int,
+    num_groups: int,
+    num_chosen_groups: int,
+    normalize_weights: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return `route_reference` of the same arguments, by the native kernel where it applies.
+
+    Its bits are those of a whole block that the kernels run. The choice has no gradient, the weights have one.
+    """
+    are_native = all(is_native(weight) and weight.dtype is torch.float32 for weight in (gate_ED, correction_E))
+    if kernels() is None or not are_native or not hidden_TD.is_cpu or len(gate_ED) > MAX_EXPERTS:
+        return route_reference(
+            hidden_TD,
+            gate_ED,
+            correction_E,
+            num_chosen=num_chosen,
+            num_groups=num_groups,
+            num_chosen_groups=num_chosen_groups,
+            normalize_weights=normalize_weights,
+            scale=scale,
+        )
+    logits_TE = linear(hidden_TD.float(), gate_ED)
+    settings = (num_chosen, num_groups, num_chosen_groups, normalize_weights, scale)
+    experts_TX, weights_TX = _Choice.apply(logits_TE, correction_E, *settings)  # type: ignore[no-untyped-call]
+    return experts_TX, weights_TX
+
+
+class _Choice(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_TE: Tensor,
+        correction_E: Tensor,
+        num_chosen: int,
+        num_groups: int,
+        num_chosen_groups: int,
+        normalize_weights: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        form, (num_tokens, num_experts) = kernels(), logits_TE.shape
+        assert form is not None, "the caller has asked"
+        scores_TE = logits_TE.clone()
+        experts_TX = torch.empty(num_tokens, num_chosen, dtype=torch.int32)
+        weights_TX = torch.empty(num_tokens, num_chosen)
+        form.choose_experts(
+            torch.get_num_threads(),
+            scores_TE.data_ptr(),
+            num_tokens,
+            num_experts,
+            correction_E.data_ptr(),
+            num_chosen,
+            num_groups,
+            num_chosen_groups,
+            normalize_weights,
+            scale,
+            experts_TX.data_ptr(),
+            weights_TX.data_ptr(),
+        )
+        experts_TX = experts_TX.long()
+        ctx.save_for_backward(scores_TE, experts_TX)
+        ctx.normalize_weights, ctx.scale = normalize_weights, scale
+        ctx.mark_non_differentiable(experts_TX)
+        return experts_TX, weights_TX
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        scores_TE, experts_TX = ctx.saved_tensors
+        chosen_TX, of_chosen_TX = scores_TE.gather(1, experts_TX), gradients[1] * ctx.scale
+        if ctx.normalize_weights:
+            total_T1 = chosen_TX.sum(dim=-1, keepdim=True) + 1e-20
+            along_T1 = (of_chosen_TX * chosen_TX).sum(dim=-1, keepdim=True) / total_T1
+            of_chosen_TX = (of_chosen_TX - along_T1) / total_T1
+        of_chosen_TX = of_chosen_TX * chosen_TX * (1 - chosen_TX)
+        return torch.zeros_like(scores_TE).scatter_(1, experts_TX, of_chosen_TX), *(None for _ in range(6))
 
 
 def router_scores(hidden_TD: Tensor, gate_ED: Tensor) -> Tensor:
@@ -82,7 +168,7 @@ def _keep_best_groups(corrected_TE: Tensor, num_groups: int, num_chosen_groups: 
     return members.masked_fill(~kept[:, :, None], -torch.inf).flatten(1)
 
 
-def mix_experts(input_TZ: Tensor, experts_TX: Tensor, weights_TX: Tensor, up: Weight, down: Weight) -> Tensor:
+def mix_experts_reference(input_TZ: Tensor, experts_TX: Tensor, weights_TX: Tensor, up: Weight, down: Weight) -> Tensor:
     """Return the weighted sum over each token's experts of down(relu(up(input)) ** 2).
 
     Tokens are grouped by expert, so each chosen expert's weights are read once; each token sums its X results in the
@@ -93,8 +179,7 @@ def mix_experts(input_TZ: Tensor, experts_TX: Tensor, weights_TX: Tensor, up: We
     Precision: the weighted sum is float32, cast once at the end.
     """
     num_chosen = experts_TX.shape[1]
-    order = experts_TX.flatten().argsort(stable=True)
-    counts = experts_TX.flatten().bincount(minlength=up.shape[0]).tolist()
+    order, counts = _by_expert(experts_TX, up.shape[0])
     outputs = []
     for expert, rows in enumerate(order.split(counts)):
         if len(rows):
@@ -103,3 +188,94 @@ def mix_experts(input_TZ: Tensor, experts_TX: Tensor, weights_TX: Tensor, up: We
     sorted_SZ = torch.cat(outputs)
     results_TXZ = torch.empty_like(sorted_SZ).index_copy(0, order, sorted_SZ).unflatten(0, experts_TX.shape)
     return (results_TXZ.float() * weights_TX[:, :, None]).sum(dim=1).to(input_TZ.dtype)
+
+
+def mix_experts(input_TZ: Tensor, experts_TX: Tensor, weights_TX: Tensor, up: Weight, down: Weight) -> Tensor:
+    """Return `mix_experts_reference` of the same arguments, by the native kernels where plain weights let it.
+
+    The bits are those of a whole block that the kernels run.
+
+    Precision: float32 inside, and each gradient; they are rounded once, to the dtype of what they belong to.
+    """
+    plain = [weight for weight in (up, down) if isinstance(weight, Tensor) and is_native(weight)]
+    if kernels() is None or len(plain) < 2 or not input_TZ.is_cpu:
+        return mix_experts_reference(input_TZ, experts_TX, weights_TX, up, down)
+    mixed_TZ: Tensor = _Mix.apply(input_TZ.float(), experts_TX, weights_TX, up, down)  # type: ignore[no-untyped-call]
+    return mixed_TZ.to(input_TZ.dtype)
+
+
+def _by_expert(experts_TX: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
+    """Return the choices of all tokens sorted by expert, tokens in order, and how many each expert has."""
+    chosen = experts_TX.flatten()
+    return chosen.argsort(stable=True), chosen.bincount(minlength=num_experts).tolist()
+
+
+class _Mix(torch.autograd.Function):
+    """Rows of all experts lie in one tensor, sorted by expert: S of them, T X."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input_TZ: Tensor, experts_TX: Tensor, weights_TX: Tensor, up_EFZ: Tensor, down_EZF: Tensor
+    ) -> Tensor:
+        form, (num_tokens, num_chosen) = kernels(), experts_TX.shape
+        assert form is not None, "the caller has asked"
+        order_S, counts = _by_expert(experts_TX, len(up_EFZ))
+        input_SZ = input_TZ[order_S // num_chosen]
+        inner_SF, results_SZ = input_SZ.new_empty(len(order_S), up_EFZ.shape[1]), torch.empty_like(input_SZ)
+        for up_FZ, rows_SZ, out_SF in _each(counts, up_EFZ, input_SZ, inner_SF):
+            write_product(rows_SZ, up_FZ, out_SF)
+        inner_SF.relu_().square_()
+        for down_ZF, rows_SF, out_SZ in _each(counts, down_EZF, inner_SF, results_SZ):
+            write_product(rows_SF, down_ZF, out_SZ)
+        places_TX = torch.empty_like(order_S, dtype=torch.int32)
+        places_TX[order_S] = torch.arange(len(order_S), dtype=torch.int32)
+        weights_TX, out_TZ = weights_TX.contiguous(), torch.empty_like(input_TZ)
+        form.sum_chosen(
+            torch.get_num_threads(),
+            *(tensor.data_ptr() for tensor in (results_SZ, places_TX, weights_TX)),
+            num_tokens,
+            num_chosen,
+            input_TZ.shape[1],
+            out_TZ.data_ptr(),
+        )
+        ctx.save_for_backward(input_TZ, inner_SF, order_S, weights_TX, up_EFZ, down_EZF)
+        ctx.counts = counts
+        return out_TZ
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        input_TZ, inner_SF, order_S, weights_TX, up_EFZ, down_EZF = ctx.saved_tensors
+        (out_TZ,), counts = gradients, ctx.counts
+        tokens_S = order_S // weights_TX.shape[1]
+        out_SZ, weights_S1 = out_TZ[tokens_S], weights_TX.flatten()[order_S, None]
+        of_inner_SF = torch.empty_like(inner_SF)
+        for down_ZF, rows_SZ, to_SF in _each(counts, down_EZF, out_SZ, of_inner_SF):
+            torch.mm(rows_SZ, down_ZF.float(), out=to_SF)
+        of_weights_S = (of_inner_SF * inner_SF).sum(dim=-1)
+        of_up_SF = inner_SF.sqrt().mul_(of_inner_SF).mul_(2 * weights_S1)
+        of_down_EZF = _summed(counts, out_SZ.mul_(weights_S1), inner_SF, down_EZF)
+        of_up_EFZ = _summed(counts, of_up_SF, input_TZ[tokens_S], up_EFZ)
+        of_input_SZ = out_SZ  # whose values are no longer wanted
+        for up_FZ, rows_SF, to_SZ in _each(counts, up_EFZ, of_up_SF, of_input_SZ):
+            torch.mm(rows_SF, up_FZ.float(), out=to_SZ)
+        of_input_TXZ = torch.empty_like(of_input_SZ).index_copy_(0, order_S, of_input_SZ).unflatten(0, weights_TX.shape)
+        of_weights_TX = torch.empty_like(of_weights_S).index_copy_(0, order_S, of_weights_S).view_as(weights_TX)
+        return of_input_TXZ.sum(dim=1), None, of_weights_TX, of_up_EFZ, of_down_EZF
+
+
+def _each(counts: Sequence[int], weights: Tensor, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield each expert's matrix and its part of sorted rows, of those experts that have any."""
+    for matrix, count, *parts in zip(weights, counts, *(tensor.split(counts) for tensor in rows), strict=True):
+        if count:
+            yield matrix, *parts
+
+
+def _summed(counts: Sequence[int], of_out: Tensor, rows: Tensor, like: Tensor) -> Tensor:
+    """Return the gradient of stacked matrices in their dtype: per expert the sum of outer products of its rows."""
+    found = torch.zeros_like(like)
+    for to, of_out_rows, in_rows in _each(counts, found, of_out, rows):
+        if to.dtype is torch.float32:
+            torch.mm(of_out_rows.mT, in_rows, out=to)
+        else:
+            to.copy_(of_out_rows.mT @ in_rows)
+    return found

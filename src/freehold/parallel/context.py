@@ -151,15 +151,19 @@ class PartialAttention(Attention):
 class PartialMamba2(Mamba2):
     """A Mamba-2 mixer whose first sequence has its tail and its state in other processes."""
 
+    sees_all = False
+
     def _mix_rows(self, projected_TP: Tensor, layout: Layout, state: Recurrent | None) -> Tensor:
         return self._mix(projected_TP, layout, state)  # with others, never token by token
 
     def _mix_spans(self, xbc_TC: Tensor, dt_TH: Tensor, layout: Layout, state: Recurrent | None) -> Tensor:
         assert isinstance(layout, Part), "tokens come as a part"
         assert state is None, "a part keeps no state"
-        outputs, before_YC = [], layout.fetch_before(xbc_TC, at_most=self.spec.conv_kernel - 1)
+        spec = self.spec
+        outputs, before_YC = [], layout.fetch_before(xbc_TC, at_most=spec.conv_kernel - 1)
         for sequence, (start, stop) in enumerate(layout.spans):
-            tail_YC, ssm_HPN = self._initial_state(layout, sequence, None, xbc_TC)
+            tail_YC = xbc_TC.new_zeros(spec.conv_kernel - 1, spec.conv_width)
+            ssm_HPN = dt_TH.new_zeros(spec.num_heads, spec.head_dim, spec.state_size)
             if sequence == 0:
                 tail_YC = torch.cat((tail_YC[len(before_YC) :], before_YC))
             xbc_LC, _ = causal_conv(xbc_TC[start:stop], tail_YC, self.conv1d.weight, self.conv1d.bias)

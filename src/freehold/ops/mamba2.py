@@ -1,0 +1,187 @@
+"""What lies between the projections of a Mamba-2 mixer, with a gradient: convolution, scan, gate and grouped norm.
+
+Belongs here: the kernels' forward and backward as one op. Its parts, and what each means, are in conv.py, ssm.py and
+norm.py; `mix_reference` puts them together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freehold.ops.conv import causal_conv
+from freehold.ops.native import Batch, extension, is_native, kernels
+from freehold.ops.norm import gated_group_rms_norm
+from freehold.ops.ssm import scan, step_sizes
+
+# What native/mamba2.h says of the sizes that kernels take.
+LANES = 16
+MAX_TAPS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Sizes:
+    """The sizes of a mixer, and its two numbers that are no weights."""
+
+    num_heads: int
+    head_dim: int
+    state_size: int
+    num_groups: int
+    conv_kernel: int
+    norm_eps: float
+    step_limit: tuple[float, float]
+
+    @property
+    def inner_width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_width(self) -> int:
+        return self.inner_width + 2 * self.num_groups * self.state_size
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Of the columns of the input projection's output: gate; x, b and c; dt."""
+        return self.inner_width, self.conv_width, self.num_heads
+
+
+def mix_reference(
+    projected: Tensor,
+    conv_weight_CW: Tensor,
+    conv_bias_C: Tensor,
+    norm_weight_I: Tensor,
+    a_log_H: Tensor,
+    d_H: Tensor,
+    dt_bias_H: Tensor,
+    *,
+    sizes: Mamba2Sizes,
+    starts: Sequence[int],
+) -> Tensor:
+    """Return what the output projection reads, [T, I], of sequences that all begin anew.
+
+    Shapes: projected [T, I + C + H]: gate; x, b and c before the convolution; dt.
+    starts: the first token of each sequence, and the end of the last.
+    Precision: that of the parts, which lie in conv.py, ssm.py and norm.py.
+    Paper: Dao and Gu, 2024, arXiv 2405.21060, section 7.
+    """
+    gate_TI, xbc_TC, dt_TH = projected.split(sizes.widths, dim=-1)
+    dt_TH = step_sizes(dt_TH, dt_bias_H, limit=sizes.step_limit)
+    shared = sizes.num_groups * sizes.state_size
+    outputs = []
+    for start, stop in pairwise(starts):
+        tail_YC = xbc_TC.new_zeros(sizes.conv_kernel - 1, sizes.conv_width)
+        xbc_LC, _ = causal_conv(xbc_TC[start:stop], tail_YC, conv_weight_CW, conv_bias_C)
+        x_LI, b_LN, c_LN = xbc_LC.split((sizes.inner_width, shared, shared), dim=-1)
+        y_LHP, _ = scan(
+            x_LI.unflatten(-1, (sizes.num_heads, sizes.head_dim)),
+            dt_TH[start:stop],
+            -torch.exp(a_log_H.float()),
+            b_LN.unflatten(-1, (sizes.num_groups, sizes.state_size)),
+            c_LN.unflatten(-1, (sizes.num_groups, sizes.state_size)),
+            d_H,
+            dt_TH.new_zeros(sizes.num_heads, sizes.head_dim, sizes.state_size),
+        )
+        outputs.append(y_LHP.flatten(1))
+    y_TI = torch.cat(outputs)
+    return gated_group_rms_norm(y_TI, gate_TI, norm_weight_I, num_groups=sizes.num_groups, eps=sizes.norm_eps)
+
+
+def can_mix(projected: Tensor, weights: Sequence[Tensor], sizes: Mamba2Sizes) -> bool:
+    """Return whether the kernels can take these arguments of `mix`."""
+    return is_native(projected) and can_take(weights, sizes)
+
+
+def can_take(weights: Sequence[Tensor], sizes: Mamba2Sizes) -> bool:
+    """Return whether there are kernels, and they can take a mixer of these weights and sizes."""
+    matrices, vectors = weights[:3], weights[3:]
+    return (
+        kernels() is not None
+        and all(is_native(weight) for weight in weights)
+        and len({weight.dtype for weight in matrices}) == 1
+        and all(vector.dtype is torch.float32 for vector in vectors)
+        and sizes.head_dim % LANES == 0
+        and sizes.state_size % LANES == 0
+        and sizes.conv_kernel <= MAX_TAPS
+    )
+
+
+def mix(
+    projected: Tensor, *weights: Tensor, sizes: Mamba2Sizes, starts: Sequence[int], row_dtype: torch.dtype
+) -> Tensor:
+    """Return `mix_reference` of the same arguments by the kernels, forward and backward, in float32.
+
+    The forward is the one that serving runs, bit for bit. The gradients of weights are summed over tokens in an order
+    that does not depend on the number of threads.
+
+    row_dtype: what rows are rounded to before the convolution, as a state of this dtype would keep them.
+    Precision: float32 inside; each gradient is rounded once to the dtype of what it belongs to.
+    """
+    out: Tensor = _Mix.apply(projected.float(), sizes, tuple(starts), row_dtype, *weights)  # type: ignore[no-untyped-call]
+    return out
+
+
+def native_mamba2(sizes: Mamba2Sizes, weights: Sequence[Tensor], *, row_dtype: torch.dtype) -> Any:
+    """Return a mixer's inside as kernels take it; its weights must outlive it."""
+    conv_weight, conv_bias, norm_weight, *vectors = weights
+    return extension().mamba2(
+        sizes.num_heads,
+        sizes.head_dim,
+        sizes.state_size,
+        sizes.num_groups,
+        sizes.conv_kernel,
+        sizes.norm_eps,
+        *sizes.step_limit,
+        *(weight.data_ptr() for weight in (conv_weight, conv_bias, norm_weight)),
+        conv_weight.dtype is torch.bfloat16,
+        *(vector.data_ptr() for vector in vectors),
+        row_dtype is torch.bfloat16,
+    )
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        projected: Tensor,
+        sizes: Mamba2Sizes,
+        starts: tuple[int, ...],
+        row_dtype: torch.dtype,
+        *weights: Tensor,
+    ) -> Tensor:
+        form, num_tokens, num_sequences = kernels(), len(projected), len(starts) - 1
+        assert form is not None, "the caller has asked"
+        ctx.sizes, ctx.row_dtype = sizes, row_dtype
+        ctx.batch = Batch(
+            starts=starts, contexts=[0] * num_sequences, slots=range(num_sequences), pages=[], page_size=0
+        )
+        tail = torch.zeros(num_sequences, sizes.conv_kernel - 1, sizes.conv_width, dtype=row_dtype)
+        states = torch.zeros(num_sequences, sizes.num_heads, sizes.state_size, sizes.head_dim)
+        mixed, out_TI = torch.empty(num_tokens * sizes.conv_width), torch.empty(num_tokens, sizes.inner_width)
+        form.mamba2_inner(
+            torch.get_num_threads(),
+            native_mamba2(sizes, weights, row_dtype=row_dtype),
+            ctx.batch.native,
+            *(tensor.data_ptr() for tensor in (projected, tail, states, mixed, out_TI)),
+        )
+        ctx.save_for_backward(projected, mixed, *weights)
+        return out_TI
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        projected, mixed, *weights = ctx.saved_tensors
+        out_TI = gradients[0].contiguous()
+        found = [torch.empty(tensor.shape) for tensor in (projected, *weights)]
+        form = kernels()
+        assert form is not None, "it has run forward"
+        form.mamba2_gradient(
+            torch.get_num_threads(),
+            native_mamba2(ctx.sizes, weights, row_dtype=ctx.row_dtype),
+            ctx.batch.native,
+            *(tensor.data_ptr() for tensor in (projected, mixed, out_TI)),
+            [tensor.data_ptr() for tensor in found],
+        )
+        of_weights = (of.to(weight.dtype) for of, weight in zip(found[1:], weights, strict=True))
+        return found[0], None, None, None, *of_weights
