@@ -8,6 +8,7 @@ it makes of the file by itself, or a dtype. Then one command a line on standard 
     prefill N    read N tokens, new ones each time, and give the logits after the last
     decode N     N steps of one sequence, after a prompt of 32 tokens that is not counted
     batch B N    N steps of B sequences at once, after a prompt of 32 tokens for each that is not counted
+    train B N    a step of training on B rows of N tokens, by engines that train
     memory       the most memory this process had
 
 Each answer is one line of JSON on standard output: seconds, or bytes. The first line comes unasked, when the engine is
@@ -50,6 +51,10 @@ class Engine(Protocol):
         """Return the seconds of so many steps of all sequences together; each step gives every one a token."""
         ...
 
+    def train(self, rows: list[Prompt]) -> float:
+        """Return the seconds of a step of training: loss, gradient, clipping, AdamW. For engines that train."""
+        ...
+
 
 def serve(name: str, path: Path, weights: str, num_threads: int) -> None:
     """Load the engine, say how long that took, and answer commands until the input ends."""
@@ -74,6 +79,8 @@ def answer(engine: Engine, command: list[str], number: int) -> float:
         case ["batch", num_sequences, num_steps]:
             prompts = [prompt_of(f"batch {number} {b}", PROMPT_TOKENS) for b in range(int(num_sequences))]
             return engine.batch(prompts, int(num_steps))
+        case ["train", num_rows, num_tokens]:
+            return engine.train([prompt_of(f"train {number} {b}", int(num_tokens)) for b in range(int(num_rows))])
         case ["memory"]:
             return peak_memory_bytes()
     raise ValueError(f"unknown command {command}")

@@ -9,6 +9,8 @@
 // over k, in a lane of its own; a row's maximum and sums see whole blocks, masked keys as exact zeros; a mixed value is
 // one chain over the keys the row sees, and a key it does not see is not multiplied by zero but left out (0 * NaN, and
 // -0 + 0, would tell).
+#include <cmath>
+
 #include "attention_pages.h"
 
 namespace freehold::FREEHOLD_FORM {
@@ -236,9 +238,11 @@ void finish_tile(const Tile& tile, const Attention& a, int sequence, int kv_head
   for (int row = 0; row < tile.num_rows; ++row) {
     const int token = (first_row + row) / group, head = kv_head * group + (first_row + row) % group;
     const std::size_t out_row = static_cast<std::size_t>(a.batch.starts[sequence] + token) * a.num_heads + head;
-    const F32 sum = splat(sum_of_lanes(load(tile.sums + row * LANES)));
+    const float plain_sum = sum_of_lanes(load(tile.sums + row * LANES));
+    const F32 sum = splat(plain_sum);
     for (int k = 0; k < head_dim; k += LANES)
       store(a.out + out_row * head_dim + k, load(tile.mixes + row * head_dim + k) / sum);
+    if (a.log_sums) a.log_sums[out_row] = tile.maxima[row] + std::log(plain_sum);
   }
 }
 
@@ -296,6 +300,14 @@ void attend(Team& team, const Attention& attention) {
     case PageElement::bfloat16: return attend_pages<std::uint16_t>(team, attention);
     case PageElement::int8: return attend_pages<std::int8_t>(team, attention);
   }
+}
+
+void attention_inner(const Attention& attention, int num_threads) {
+  run_team(num_threads, [&](Team& team, int) {
+    rotate_and_write(team, attention);
+    team.barrier();
+    attend(team, attention);
+  });
 }
 
 }  // namespace freehold::FREEHOLD_FORM

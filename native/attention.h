@@ -29,6 +29,14 @@ struct Attention {
   void* value_pages;  // [pages, J, page_size, K]
   float *key_scales, *value_scales;  // [pages, J, page_size], what int8 values are times; null for the other pages
   float* out;         // [T, H K]
+  float* log_sums;    // [T, H], the logarithm of each row's sum of e**score; null where nobody wants it
+};
+
+// The gradient of attention over whole sequences, which have no context and whose pages hold plain elements.
+struct AttentionGradient {
+  Attention call;         // as it was; its pages are not read, its `qkv` is what the call left there
+  const float* out;       // [T, H K], the gradient to begin with
+  float* qkv;             // [T, (H + 2 J) K], to be written
 };
 
 #ifdef FREEHOLD_FORM
@@ -37,6 +45,10 @@ namespace FREEHOLD_FORM {
 // Two phases of one team, with a barrier between them that the caller puts there. All members call each.
 void rotate_and_write(Team& team, const Attention& attention);
 void attend(Team& team, const Attention& attention);
+
+// Both phases, and their gradient.
+void attention_inner(const Attention& attention, int num_threads);
+void attention_gradient(const AttentionGradient& gradient, int num_threads);
 
 }  // namespace FREEHOLD_FORM
 #endif

@@ -1,5 +1,6 @@
 // The first phase of attention: queries and keys turned by their positions, and the pages' new entries.
 #include "attention_pages.h"
+#include "rotate.h"
 #include "rows.h"
 
 namespace freehold::FREEHOLD_FORM {
@@ -7,29 +8,6 @@ namespace {
 
 constexpr int ROTATE_TOKENS = 32;  // most tokens of a task
 constexpr int SPREAD = 4;          // tasks for each member, so that a late one delays little
-
-inline F32 rotated_first(F32 first, F32 second, F32 cosine, F32 sine) {
-  return fma(first, cosine, splat(0.0f) - second * sine);
-}
-inline F32 rotated_second(F32 first, F32 second, F32 cosine, F32 sine) { return fma(second, cosine, first * sine); }
-
-// One head turned by its position's angles; `to` may be `from`. Channel i pairs with i + K / 2.
-void rotate_head(const float* from, float* to, const float* rotation, int head_dim) {
-  const int half = head_dim / 2;
-  int k = 0;
-  for (; k + LANES <= half; k += LANES) {
-    const F32 first = load(from + k), second = load(from + half + k);
-    const F32 cosine = load(rotation + k), sine = load(rotation + half + k);
-    store(to + k, rotated_first(first, second, cosine, sine));
-    store(to + half + k, rotated_second(first, second, cosine, sine));
-  }
-  if (const int left = half - k; left > 0) {
-    const F32 first = load_first(from + k, left), second = load_first(from + half + k, left);
-    const F32 cosine = load_first(rotation + k, left), sine = load_first(rotation + half + k, left);
-    store_first(to + k, rotated_first(first, second, cosine, sine), left);
-    store_first(to + half + k, rotated_second(first, second, cosine, sine), left);
-  }
-}
 
 // Rounds a head to what pages hold. Returns the scale of int8 values: the largest magnitude / 127, NaN where one is no
 // finite number.

@@ -53,17 +53,60 @@ std::vector<const Kernels*> forms() {
   return found;
 }
 
-void call_rms_norm(const Kernels& form, Address out, Address hidden, bool is_bfloat16, std::size_t num_tokens,
+void call_rms_norm(const Kernels& form, int num_threads, Address out, Address hidden, bool is_bfloat16, std::size_t num_tokens,
                    std::size_t width, const Norm& norm) {
   nb::gil_scoped_release unlocked;
-  form.rms_norm({at(hidden), element(is_bfloat16), num_tokens, width, norm}, at(out));
+  form.rms_norm({at(hidden), element(is_bfloat16), num_tokens, width, norm}, at(out), num_threads);
 }
 
-void call_linear(const Kernels& form, int num_threads, Address out, Address rows, bool is_bfloat16, std::size_t num_rows,
-                 const Matrix& matrix, Address bias, bool bias_is_bfloat16) {
-  const Linear call{at(rows), element(is_bfloat16), num_rows, matrix, at(bias), element(bias_is_bfloat16), at(out)};
+void call_linear(const Kernels& form, int num_threads, Address out, bool out_is_bfloat16, Address rows, bool is_bfloat16,
+                 std::size_t num_rows, const Matrix& matrix, Address bias, bool bias_is_bfloat16) {
+  const Linear call{at(rows), element(is_bfloat16), num_rows, matrix, at(bias), element(bias_is_bfloat16), at(out),
+                    element(out_is_bfloat16)};
   nb::gil_scoped_release unlocked;
   form.linear(call, num_threads);
+}
+
+void call_norm_gradient(const Kernels& form, int num_threads, Address hidden, bool is_bfloat16, std::size_t num_tokens,
+                        std::size_t width, const Norm& norm, Address out, Address hidden_gradient,
+                        Address weight_gradient) {
+  const Residual from{at(hidden), element(is_bfloat16), num_tokens, width, norm};
+  nb::gil_scoped_release unlocked;
+  form.norm_gradient({from, at<const float>(out), at(hidden_gradient), at<float>(weight_gradient)}, num_threads);
+}
+
+void call_activate(const Kernels& form, int num_threads, Address gate, Address up, std::size_t count, Address out) {
+  nb::gil_scoped_release unlocked;
+  form.activate({at<const float>(gate), at<const float>(up), count}, at<float>(out), num_threads);
+}
+
+void call_activation_gradient(const Kernels& form, int num_threads, Address gate, Address up, std::size_t count,
+                              Address out, Address gate_gradient, Address up_gradient) {
+  nb::gil_scoped_release unlocked;
+  form.activation_gradient({at<const float>(gate), at<const float>(up), count}, at<const float>(out),
+                           at<float>(gate_gradient), at<float>(up_gradient), num_threads);
+}
+
+void call_cross_entropy(const Kernels& form, int num_threads, Address logits, Address labels, std::size_t num_rows,
+                        std::size_t width, Address losses) {
+  nb::gil_scoped_release unlocked;
+  form.cross_entropy({at<float>(logits), at<const std::int64_t>(labels), num_rows, width, at<float>(losses)}, num_threads);
+}
+
+Attention attention_of(int num_heads, int num_kv_heads, int head_dim, Address rotation, const Batch& batch, Address qkv,
+                       PageElement page_element, Address key_pages, Address value_pages, Address out, Address log_sums) {
+  return {num_heads, num_kv_heads, head_dim, batch, at<float>(qkv), at<const float>(rotation),
+          page_element, at(key_pages), at(value_pages), nullptr, nullptr, at<float>(out), at<float>(log_sums)};
+}
+
+void call_attention(const Kernels& form, int num_threads, const Attention& call) {
+  nb::gil_scoped_release unlocked;
+  form.attention_inner(call, num_threads);
+}
+
+void call_attention_gradient(const Kernels& form, int num_threads, const Attention& call, Address out, Address qkv) {
+  nb::gil_scoped_release unlocked;
+  form.attention_gradient({call, at<const float>(out), at<float>(qkv)}, num_threads);
 }
 
 // Of each row: where its logits are, four numbers (temperature, top_p, min_p, uniform), and top_k.
@@ -105,7 +148,7 @@ void add_attention(Program& program, const Norm& norm, const Matrix& query, cons
                    Address value_pages, PageElement page_element, Address key_scales, Address value_scales) {
   const Attention inner{num_heads, num_kv_heads, head_dim, {}, nullptr, at<const float>(rotation),
                         page_element, at(key_pages), at(value_pages), at<float>(key_scales), at<float>(value_scales),
-                        nullptr};
+                        nullptr, nullptr};
   program.add(AttentionMixer{residual_with(norm),
                              {query, key, value},
                              {at(query_bias), at(key_bias), at(value_bias)},
@@ -276,6 +319,8 @@ NB_MODULE(_kernels, module) {
       });
   nb::class_<Mamba2>(module, "Mamba2");
   module.def("mamba2", &mamba2_of);
+  nb::class_<Attention>(module, "Attention");
+  module.def("attention", &attention_of);
   nb::class_<Batch>(module, "Batch")
       .def("__init__", [](Batch* self, int num_sequences, Address starts, Address contexts, Address slots, Address pages,
                           int pages_per_sequence, int page_size) {
@@ -300,6 +345,12 @@ NB_MODULE(_kernels, module) {
       .def("mamba2_gradient", &call_mamba2_gradient)
       .def("choose_experts", &call_choose_experts)
       .def("sum_chosen", &call_sum_chosen)
+      .def("norm_gradient", &call_norm_gradient)
+      .def("activate", &call_activate)
+      .def("activation_gradient", &call_activation_gradient)
+      .def("cross_entropy", &call_cross_entropy)
+      .def("attention", &call_attention)
+      .def("attention_gradient", &call_attention_gradient)
       .def("sample", &call_sample)
       .def("multiply_in_registers", &call_multiply_in_registers)
       .def("read_memory", &call_read_memory);

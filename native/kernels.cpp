@@ -21,17 +21,24 @@ void load_row(const void* rows, Element element, std::size_t first, std::size_t 
   }
 }
 
-void rms_norm(const Residual& from, void* out) {
+constexpr std::size_t ALONE_ROWS = 16;  // for so few a team is not worth its start
+
+// `out` may be where the rows come from.
+void rms_norm(const Residual& from, void* out, int num_threads) {
+  if (from.num_tokens <= ALONE_ROWS) num_threads = 1;
   Scratch& memory = scratch();
   memory.reset();
-  float* row = memory.take<float>(from.width);
-  for (std::size_t token = 0; token < from.num_tokens; ++token) {
-    normalize_row(from.row(token), from.element, from.width, from.norm, row);
-    for (std::size_t i = 0; i < from.width; i += LANES) {
-      const std::size_t count = from.width - i < LANES ? from.width - i : LANES;
-      store_any(out, from.element, token * from.width + i, load_first(row + i, count), count);
-    }
-  }
+  float* rows = memory.take<float>(num_threads * from.width);  // one for each member
+  run_team(num_threads, [&](Team& team, int member) {
+    float* row = rows + member * from.width;
+    for_each(team, from.num_tokens, grain_of(team, from.num_tokens), [&](std::size_t token) {
+      normalize_row(from.row(token), from.element, from.width, from.norm, row);
+      for (std::size_t i = 0; i < from.width; i += LANES) {
+        const std::size_t count = from.width - i < LANES ? from.width - i : LANES;
+        store_any(out, from.element, token * from.width + i, load_first(row + i, count), count);
+      }
+    });
+  });
 }
 
 // The rows of an embedding table that belong to tokens, which are within it.
@@ -73,7 +80,7 @@ void linear(const Linear& call, int num_threads) {
         F32 bias = splat(0.0f);
         if (call.bias) bias = load_any(call.bias, call.bias_element, out.first_column, out.num_columns);
         for (std::size_t m = 0; m < out.num_rows; ++m)
-          store_any(call.out, call.element, (out.first_row + m) * stride + out.first_column,
+          store_any(call.out, call.out_element, (out.first_row + m) * stride + out.first_column,
                     load(out.values + m * PANEL_ROWS) + bias, out.num_columns);
       });
     });
@@ -85,7 +92,9 @@ void linear(const Linear& call, int num_threads) {
 const Kernels& kernels() {
   static const Kernels mine{FREEHOLD_QUOTED(FREEHOLD_FORM), rms_norm, embed, linear, sample,
                             mlp, attention_mixer, mamba2_mixer, mamba2_inner, mamba2_gradient, moe,
-                            choose_experts, sum_chosen, multiply_in_registers, read_memory};
+                            choose_experts, sum_chosen, norm_gradient, activate,
+                            activation_gradient, cross_entropy, attention_inner, attention_gradient,
+                            multiply_in_registers, read_memory};
   return mine;
 }
 

@@ -12,12 +12,13 @@ namespace freehold {
 // A product with a whole matrix: out = rows times the matrix, plus the bias. Outside any block: the output head.
 struct Linear {
   const void* rows;  // [T, K]
-  Element element;   // of rows and out
+  Element element;   // of rows
   std::size_t num_rows;
   Matrix matrix;     // [N, K]
   const void* bias;  // [N], or null
   Element bias_element;
   void* out;  // [T, N]
+  Element out_element;
 };
 
 // down(silu(gate(x)) * up(x)), or down(relu(up(x)) ** 2) where there is no gate; x = norm(hidden).

@@ -9,11 +9,6 @@ void multiply_group(const Matrix& matrix, std::size_t j, const void* const* rows
   if (2 * j + 1 < matrix.num_panels()) multiply({&matrix, 2 * j + 1, rows, num_rows, values + PANEL_ROWS, GROUP});
 }
 
-inline F32 squared_relu(F32 value) {
-  const F32 positive = max(splat(0.0f), value);  // in this order a NaN stays one
-  return positive * positive;
-}
-
 }  // namespace
 
 void activate_columns(const Matrix& gate, const Matrix& up, const void* const* rows, std::size_t num_rows, std::size_t j,

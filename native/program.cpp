@@ -56,7 +56,7 @@ void Program::read(const Kernels& form, int num_threads, const std::int64_t* tok
                    const Batch& batch) const {
   run_from_tokens(form, num_threads, tokens, hidden, batch);
   hidden.norm = norm_;
-  form.rms_norm(hidden, hidden.hidden);
+  form.rms_norm(hidden, hidden.hidden, num_threads);
 }
 
 void Program::predict(const Kernels& form, int num_threads, const std::int64_t* tokens, Residual hidden,
@@ -64,10 +64,11 @@ void Program::predict(const Kernels& form, int num_threads, const std::int64_t* 
   run_from_tokens(form, num_threads, tokens, hidden, batch);
   for (std::int32_t b = 0; b < batch.num_sequences; ++b) {  // row b is read before it is written: it is no later one
     const Residual last{hidden.row(batch.starts[b + 1] - 1), hidden.element, 1, hidden.width, norm_};
-    form.rms_norm(last, hidden.row(b));
+    form.rms_norm(last, hidden.row(b), num_threads);
   }
   const std::size_t num_rows = static_cast<std::size_t>(batch.num_sequences);
-  form.linear({hidden.hidden, hidden.element, num_rows, head_, nullptr, Element::float32, logits}, num_threads);
+  form.linear({hidden.hidden, hidden.element, num_rows, head_, nullptr, Element::float32, logits, hidden.element},
+              num_threads);
 }
 
 }  // namespace freehold

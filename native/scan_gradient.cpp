@@ -59,30 +59,6 @@ Room room_of(const ScanGradient& scan, int member) {
   return room;
 }
 
-// A head, or with head % heads-per-group left out of account a group, at a chunk.
-struct Place {
-  const ScanGradient& scan;
-  const Chunk& chunk;
-  size_t number, head, group;
-
-  size_t head_dim() const { return scan.call->head_dim; }
-  size_t state_size() const { return scan.call->state_size; }
-  size_t x_at() const { return (scan.sizes.num_tokens * head + chunk.start) * head_dim(); }
-  size_t b_at() const {
-    return scan.sizes.num_tokens * (scan.sizes.inner + group * state_size()) + chunk.start * state_size();
-  }
-  size_t c_at() const { return b_at() + scan.sizes.num_tokens * scan.call->num_groups * state_size(); }
-  const float* steps() const { return scan.steps + head * scan.sizes.num_tokens + chunk.start; }
-  const float* logs() const { return scan.logs + head * scan.sizes.num_tokens + chunk.start; }
-  size_t state_at(size_t of_chunk) const {
-    return (of_chunk * scan.call->num_heads + head) * state_size() * head_dim();
-  }
-};
-
-Place place_of(const ScanGradient& scan, size_t chunk, size_t head) {
-  return {scan, scan.chunks[chunk], chunk, head, head / (scan.call->num_heads / scan.call->num_groups)};
-}
-
 // A = -e**a_log, as the scan has it.
 float rate_of(const Mamba2& call, size_t head) {
   float lanes[LANES];

@@ -34,6 +34,30 @@ struct ScanGradient {
   std::size_t member_size;
 };
 
+// A head at a chunk, with its group: where what belongs to them begins.
+struct Place {
+  const ScanGradient& scan;
+  const Chunk& chunk;
+  std::size_t number, head, group;
+
+  std::size_t head_dim() const { return scan.call->head_dim; }
+  std::size_t state_size() const { return scan.call->state_size; }
+  std::size_t x_at() const { return (scan.sizes.num_tokens * head + chunk.start) * head_dim(); }
+  std::size_t b_at() const {
+    return scan.sizes.num_tokens * (scan.sizes.inner + group * state_size()) + chunk.start * state_size();
+  }
+  std::size_t c_at() const { return b_at() + scan.sizes.num_tokens * scan.call->num_groups * state_size(); }
+  const float* steps() const { return scan.steps + head * scan.sizes.num_tokens + chunk.start; }
+  const float* logs() const { return scan.logs + head * scan.sizes.num_tokens + chunk.start; }
+  std::size_t state_at(std::size_t of_chunk) const {
+    return (of_chunk * scan.call->num_heads + head) * state_size() * head_dim();
+  }
+};
+
+inline Place place_of(const ScanGradient& scan, std::size_t chunk, std::size_t head) {
+  return {scan, scan.chunks[chunk], chunk, head, head / (scan.call->num_heads / scan.call->num_groups)};
+}
+
 // Takes memory for a call whose scan has `num_threads` members.
 ScanGradient take_scan_gradient(Scratch& memory, const Mamba2& call, int num_threads);
 

@@ -30,7 +30,7 @@ AVX512 = (
 )
 FORM_FLAGS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "avx512vnni": [*AVX512, "-DFREEHOLD_VNNI"]}
 KERNELS = (  # as CMakeLists.txt
-    "attention attention_mixer attention_write kernels linear_float linear_quantized"
+    "attention attention_gradient attention_mixer attention_write dense_gradient kernels linear_float linear_quantized"
     " mamba2 mamba2_gradient mamba2_mixer mlp moe peaks rows sampling scan_gradient"
 ).split()
 SHARED = ["memory", "pack", "pool", "program", "scratch"]
@@ -48,8 +48,11 @@ bool runs_avx512vnni() { return true; }
 # What runs every form, and compares them bit for bit.
 TESTS = {
     "ops/test_norm.py": "twin or bits",
+    "ops/test_gradients.py": "reference or torchs",
     "ops/test_linear.py": "same_bits or nowhere_else or packing or rows_of_a",
     "ops/test_mixers.py": "test_a_block_has or eight_bits_has or (packed_block_has and bfloat16)",
+    "ops/test_mamba2.py": "forms or float64",
+    "ops/test_moe.py": "float64",
     "ops/test_sampling.py": "likeliest or twin",
     "evaluate/test_limits.py": "",
 }

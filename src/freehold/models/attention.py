@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from freehold.models.layout import Layout, PagedKV
 from freehold.models.linear import Linear
 from freehold.models.spec import AttentionSpec, Llama3Scaling, RopeSpec, YarnScaling
-from freehold.ops.attention import attention, attention_over
+from freehold.ops.attention import attention, attention_anew, attention_over
 from freehold.ops.mixers import Norm, Program, can_attend, can_run
+from freehold.ops.native import inner_dtype, is_recorded
 from freehold.ops.rope import llama3_frequencies, rope_frequencies, rotate, yarn_frequencies
 from freehold.ops.weight import Weight
 
@@ -17,7 +18,12 @@ MIN_TABLE_POSITIONS = 2048
 
 
 class Attention(nn.Module):
-    """Causal attention with grouped key/value heads; positions by RoPE or not at all."""
+    """Causal attention with grouped key/value heads; positions by RoPE or not at all.
+
+    sees_all: whether every sequence without a state is whole.
+    """
+
+    sees_all = True
 
     def __init__(self, spec: AttentionSpec, width: int):
         super().__init__()
@@ -29,15 +35,26 @@ class Attention(nn.Module):
 
     def forward(self, hidden_TD: Tensor, layout: Layout, state: PagedKV | None) -> Tensor:
         """Return the mixed tokens [T, D]. Mutates: the pages of `state`, which gain this step's keys and values."""
-        spec = self.spec
-        q_THK = self.q_proj(hidden_TD).view(-1, spec.num_heads, spec.head_dim)
-        k_TJK = self.k_proj(hidden_TD).view(-1, spec.num_kv_heads, spec.head_dim)
-        v_TJK = self.v_proj(hidden_TD).view(-1, spec.num_kv_heads, spec.head_dim)
+        spec, dtype = self.spec, inner_dtype(hidden_TD) if state is None else hidden_TD.dtype
+        q_THK = self.q_proj(hidden_TD, dtype).unflatten(1, (spec.num_heads, spec.head_dim))
+        k_TJK = self.k_proj(hidden_TD, dtype).unflatten(1, (spec.num_kv_heads, spec.head_dim))
+        v_TJK = self.v_proj(hidden_TD, dtype).unflatten(1, (spec.num_kv_heads, spec.head_dim))
+        if state is None and self.sees_all and is_recorded(hidden_TD) and can_attend(spec.head_dim):
+            mixed_THK = self._attend_anew(q_THK, k_TJK, v_TJK, layout, page_dtype=hidden_TD.dtype)
+            return self.o_proj(mixed_THK.flatten(1))
         if spec.rope is not None:
-            cos_TK, sin_TK = _angles(spec.rope, spec.head_dim, layout, hidden_TD.dtype)
+            cos_TK, sin_TK = _angles(spec.rope, spec.head_dim, layout, dtype)
             q_THK, k_TJK = rotate(q_THK, cos_TK, sin_TK), rotate(k_TJK, cos_TK, sin_TK)
-        mixed_THK = self._attend(q_THK, k_TJK, v_TJK, layout, state)
-        return self.o_proj(mixed_THK.reshape(len(hidden_TD), -1))
+        return self.o_proj(self._attend(q_THK, k_TJK, v_TJK, layout, state).flatten(1))
+
+    def _attend_anew(
+        self, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, layout: Layout, *, page_dtype: torch.dtype
+    ) -> Tensor:
+        """Return what rotation and attention make of whole sequences, by the kernels."""
+        spec, rotation = self.spec, None
+        if spec.rope is not None:
+            rotation = _native_table(spec.rope, spec.head_dim, _table_size(max(layout.ends)), page_dtype)
+        return attention_anew(q_THK, k_TJK, v_TJK, rotation, starts=layout.starts, page_dtype=page_dtype)
 
     def _attend(self, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, layout: Layout, state: PagedKV | None) -> Tensor:
         if state is None:

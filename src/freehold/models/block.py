@@ -38,8 +38,10 @@ class RmsNorm(nn.Module):
 class Block(nn.Module):
     """x + mixer(norm(x)).
 
-    recomputes: whether a gradient is made from the block's input alone, by computing the block once more, instead of
-        from all that it computed; the kernels always do that.
+    Without a gradient the kernels compute a block as one call. With one its ops are called one by one, each with the
+    bits that it has within that call: all values between are float32 there, and are kept for the ops' own gradients.
+
+    recomputes: whether only the block's input is kept, and the rest computed once more for the gradient.
     is_divided: whether the mixer speaks with other processes, which no native call does.
     """
 
@@ -62,25 +64,28 @@ class Block(nn.Module):
             self.mixer.add_load(self.norm(hidden_TD), layout, state)
             state = None
         if self.is_divided or kernels() is None or not is_native(hidden_TD):
-            return self._reference(hidden_TD, layout, state)
-        run = self._run if self.is_native() else self.reference
-        parameters = tuple(self.parameters())
-        if not wants_gradient(hidden_TD, *parameters):
-            return run(hidden_TD, layout, state)
+            return self._recorded(hidden_TD, layout, state)
+        if not wants_gradient(hidden_TD, *self.parameters()):
+            return (self._run if self.is_native() else self.reference)(hidden_TD, layout, state)
         assert state is None, "states carry no gradient"
-        return with_reference_gradient(
-            lambda hidden_TD, *parameters: run(hidden_TD.detach().clone(), layout, None),
+        if self.is_native():
+            return self._recorded(hidden_TD, layout, None)
+        return with_reference_gradient(  # an adapter, or sizes that kernels do not take: as it is served, op by op
+            lambda hidden_TD, *parameters: self.reference(hidden_TD.detach().clone(), layout, None),
             lambda hidden_TD, *parameters: self.reference(hidden_TD, layout, None),
             hidden_TD,
-            *parameters,
+            *self.parameters(),
         )
 
     def reference(self, hidden_TD: Tensor, layout: Layout, state: State) -> Tensor:
         """Return the block's output [T, D] as its ops give it one by one: the twin of the native call."""
         mixed_TD = self.mixer(self.norm(hidden_TD), layout, state)
-        return hidden_TD + mixed_TD if mixed_TD.requires_grad else mixed_TD.add_(hidden_TD)
+        if mixed_TD.requires_grad or mixed_TD.dtype is not hidden_TD.dtype:
+            return (hidden_TD + mixed_TD).to(hidden_TD.dtype)
+        return mixed_TD.add_(hidden_TD)
 
-    def _reference(self, hidden_TD: Tensor, layout: Layout, state: State) -> Tensor:
+    def _recorded(self, hidden_TD: Tensor, layout: Layout, state: State) -> Tensor:
+        """Return the reference with what its gradient needs."""
         if not (self.recomputes and wants_gradient(hidden_TD, *self.parameters())):
             return self.reference(hidden_TD, layout, state)
         assert state is None, "states carry no gradient"

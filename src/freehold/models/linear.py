@@ -31,8 +31,8 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_width, in_width))
         self.bias = nn.Parameter(torch.empty(out_width)) if has_bias else None
 
-    def forward(self, hidden_TD: Tensor) -> Tensor:
-        return linear(hidden_TD, self.weight, self.bias)
+    def forward(self, hidden_TD: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return linear(hidden_TD, self.weight, self.bias, dtype)
 
 
 class Head(Linear):

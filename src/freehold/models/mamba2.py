@@ -12,7 +12,7 @@ from freehold.models.spec import Mamba2Spec
 from freehold.ops.conv import causal_conv, causal_conv_step
 from freehold.ops.mamba2 import Mamba2Sizes, can_mix, can_take, mix, mix_reference
 from freehold.ops.mixers import Norm, Program, can_run
-from freehold.ops.native import keeps_rows_apart
+from freehold.ops.native import inner_dtype, is_recorded, keeps_rows_apart
 from freehold.ops.norm import gated_group_rms_norm
 from freehold.ops.ssm import scan, scan_step, step_sizes
 
@@ -55,8 +55,17 @@ class Mamba2(nn.Module):
 
     def forward(self, hidden_TD: Tensor, layout: Layout, state: Recurrent | None) -> Tensor:
         """Return the mixed tokens [T, D]. Mutates: the slots of `state` that the layout names."""
-        mix = self._mix_rows if keeps_rows_apart(hidden_TD) else self._mix
-        return self.out_proj(mix(self.in_proj(hidden_TD), layout, state))
+        projected_TP = self.in_proj(hidden_TD, inner_dtype(hidden_TD) if state is None else None)
+        if (
+            state is None
+            and self.sees_all
+            and is_recorded(hidden_TD)
+            and can_mix(projected_TP, self.weights, self.sizes)
+        ):
+            sizes, dtype = self.sizes, hidden_TD.dtype
+            return self.out_proj(mix(projected_TP, *self.weights, sizes=sizes, starts=layout.starts, row_dtype=dtype))
+        mix_here = self._mix_rows if keeps_rows_apart(hidden_TD) else self._mix
+        return self.out_proj(mix_here(projected_TP, layout, state))
 
     def _mix_rows(self, projected_TP: Tensor, layout: Layout, state: Recurrent | None) -> Tensor:
         """Return `_mix` of each token in a step of its own."""
@@ -74,7 +83,7 @@ class Mamba2(nn.Module):
     def _mix(self, projected_TP: Tensor, layout: Layout, state: Recurrent | None) -> Tensor:
         """Return what lies between the projections, [T, I]: convolution, scan, gate and norm."""
         if state is None and self.sees_all:
-            return self._mix_anew(projected_TP, layout)
+            return mix_reference(projected_TP, *self.weights, sizes=self.sizes, starts=layout.starts)
         spec = self.spec
         gate_TI, xbc_TC, dt_TH = projected_TP.split(self.sizes.widths, dim=-1)
         dt_TH = step_sizes(dt_TH, self.dt_bias, limit=spec.time_step_limit)
@@ -85,14 +94,6 @@ class Mamba2(nn.Module):
         return gated_group_rms_norm(
             y_THP.flatten(1), gate_TI, self.norm.weight, num_groups=spec.num_groups, eps=spec.norm_eps
         )
-
-    def _mix_anew(self, projected_TP: Tensor, layout: Layout) -> Tensor:
-        """Return `_mix` of sequences that begin here and leave no state; by the kernels where a gradient may follow."""
-        if torch.is_grad_enabled() and can_mix(projected_TP, self.weights, self.sizes):
-            dtype = projected_TP.dtype
-            mixed_TI = mix(projected_TP, *self.weights, sizes=self.sizes, starts=layout.starts, row_dtype=dtype)
-            return mixed_TI.to(dtype)
-        return mix_reference(projected_TP, *self.weights, sizes=self.sizes, starts=layout.starts)
 
     @property
     def sizes(self) -> Mamba2Sizes:

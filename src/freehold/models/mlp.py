@@ -1,18 +1,18 @@
 """The feed-forward mixers: gated SiLU (Llama, Qwen) and squared ReLU (Nemotron)."""
 
 from torch import Tensor, nn
-from torch.nn.functional import relu, silu
 
 from freehold.models.layout import Layout
 from freehold.models.linear import Linear
 from freehold.models.spec import MlpSpec
+from freehold.ops.activation import gated_silu, squared_relu
 from freehold.ops.mixers import Norm, Program, can_run
-from freehold.ops.native import keeps_rows_apart
+from freehold.ops.native import inner_dtype
 from freehold.ops.weight import is_quantized
 
 
 class GatedMlp(nn.Module):
-    """down(silu(gate(x)) * up(x)). Paper: Shazeer, 2020, arXiv 2002.05202, section 2 (SwiGLU)."""
+    """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, spec: MlpSpec, width: int):
         super().__init__()
@@ -22,12 +22,8 @@ class GatedMlp(nn.Module):
 
     def forward(self, hidden_TD: Tensor, layout: Layout, state: None) -> Tensor:
         """Return the mixed tokens [T, D]; each token on its own."""
-        gate_TF, up_TF = self.gate_proj(hidden_TD), self.up_proj(hidden_TD)
-        if gate_TF.requires_grad:
-            return self.down_proj(silu(gate_TF) * up_TF)
-        for rows_F in gate_TF if keeps_rows_apart(gate_TF) else (gate_TF,):
-            silu(rows_F, inplace=True)  # fresh memory costs more than the arithmetic
-        return self.down_proj(gate_TF.mul_(up_TF))
+        dtype = inner_dtype(hidden_TD)
+        return self.down_proj(gated_silu(self.gate_proj(hidden_TD, dtype), self.up_proj(hidden_TD, dtype)))
 
     def is_native(self) -> bool:
         """Return whether kernels can take this mixer."""
@@ -40,7 +36,7 @@ class GatedMlp(nn.Module):
 
 
 class SquaredReluMlp(nn.Module):
-    """down(relu(up(x)) ** 2). Paper: So et al., 2021, arXiv 2109.08668, section 4.2."""
+    """down(relu(up(x)) ** 2)."""
 
     def __init__(self, inner_width: int, width: int):
         super().__init__()
@@ -49,10 +45,7 @@ class SquaredReluMlp(nn.Module):
 
     def forward(self, hidden_TD: Tensor, layout: Layout, state: None) -> Tensor:
         """Return the mixed tokens [T, D]; each token on its own."""
-        up_TF = self.up_proj(hidden_TD)
-        if up_TF.requires_grad:
-            return self.down_proj(relu(up_TF).square())
-        return self.down_proj(up_TF.relu_().square_())
+        return self.down_proj(squared_relu(self.up_proj(hidden_TD, inner_dtype(hidden_TD))))
 
     def is_native(self) -> bool:
         """Return whether kernels can take this mixer."""

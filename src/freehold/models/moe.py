@@ -9,6 +9,7 @@ from freehold.models.mlp import SquaredReluMlp
 from freehold.models.spec import MoeSpec
 from freehold.ops.mixers import Norm, Program, can_run
 from freehold.ops.moe import MAX_EXPERTS, balance_loss, count_chosen, mix_experts, route, router_scores
+from freehold.ops.native import inner_dtype
 from freehold.ops.weight import Weight
 
 
@@ -53,7 +54,8 @@ class Moe(nn.Module):
         """Return the mixed tokens [T, D]; each token on its own."""
         spec = self.spec
         experts_TX, weights_TX = self._route(hidden_TD)
-        input_TZ = self.fc1_latent_proj(hidden_TD) if spec.latent_width else hidden_TD
+        dtype = inner_dtype(hidden_TD)
+        input_TZ = self.fc1_latent_proj(hidden_TD, dtype) if spec.latent_width else hidden_TD.to(dtype)
         mixed_TZ = self.experts(input_TZ, experts_TX, weights_TX)
         mixed_TD = self.fc2_latent_proj(mixed_TZ) if spec.latent_width else mixed_TZ
         return mixed_TD + self.shared_experts(hidden_TD, layout, state)

@@ -4,13 +4,15 @@ Belongs here: the products and the softmax. Not here: projections, positions, an
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from freehold.ops.linear import linear
-from freehold.ops.native import keeps_rows_apart
+from freehold.ops.native import Batch, extension, keeps_rows_apart, kernels
 
 KEY_LANES = 16  # keys that lie side by side in a page
 PAGE_TOKENS = 32  # a page holds a multiple of so many tokens
@@ -26,6 +28,81 @@ def attention(q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, *, spans: Sequence[tu
     """
     outputs = [attend(q_THK[i:j], k_TJK[i:j], v_TJK[i:j]) for i, j in spans]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def attention_anew(
+    q_THK: Tensor,
+    k_TJK: Tensor,
+    v_TJK: Tensor,
+    rotation: Tensor | None,
+    *,
+    starts: Sequence[int],
+    page_dtype: torch.dtype,
+) -> Tensor:
+    """Return the attention of whole sequences, [T, H, K], as the kernels compute it over pages, rotation included.
+
+    Shapes: queries, keys and values float32; rotation as `ops.mixers.Program.add_attention` takes it. starts: as in
+        `Layout`.
+    Precision: keys and values are rounded to page_dtype, as pages hold them; all else is float32. The gradient passes
+        through that rounding as if it were none.
+    """
+    mixed_THK: Tensor = _AttentionAnew.apply(  # type: ignore[no-untyped-call]
+        q_THK, k_TJK, v_TJK, rotation, tuple(starts), page_dtype
+    )
+    return mixed_THK
+
+
+class _AttentionAnew(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_THK: Tensor,
+        k_TJK: Tensor,
+        v_TJK: Tensor,
+        rotation: Tensor | None,
+        starts: tuple[int, ...],
+        page_dtype: torch.dtype,
+    ) -> Tensor:
+        num_tokens, num_heads, head_dim = q_THK.shape
+        counts = [-(-(stop - start) // PAGE_TOKENS) for start, stop in pairwise(starts)]
+        pages = torch.empty(2, sum(counts), k_TJK.shape[1], PAGE_TOKENS, head_dim, dtype=page_dtype)
+        ctx.sizes, ctx.page_dtype = (num_heads, k_TJK.shape[1], head_dim), page_dtype
+        ctx.batch = _batch_anew(starts, counts)
+        qkv_TNK = torch.cat((q_THK, k_TJK, v_TJK), dim=1)  # whose queries are turned in place
+        saved = qkv_TNK, rotation, torch.empty_like(q_THK), torch.empty(num_tokens, num_heads)
+        ctx.save_for_backward(*saved)
+        form = kernels()
+        assert form is not None, "the caller has asked"
+        form.attention(torch.get_num_threads(), _native_attention(ctx, saved, (pages[0], pages[1])))
+        return saved[2]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        form, gradient_THK = kernels(), gradients[0].contiguous()
+        assert form is not None, "the forward ran on it"
+        saved, (num_heads, num_kv_heads, _) = ctx.saved_tensors, ctx.sizes
+        found_TNK = torch.empty_like(saved[0])
+        call = _native_attention(ctx, saved, (None, None))
+        form.attention_gradient(torch.get_num_threads(), call, gradient_THK.data_ptr(), found_TNK.data_ptr())
+        return *found_TNK.split((num_heads, num_kv_heads, num_kv_heads), dim=1), None, None, None
+
+
+def _batch_anew(starts: tuple[int, ...], page_counts: Sequence[int]) -> Batch:
+    """Return whole sequences as kernels read them, with pages of their own, one after the other."""
+    pages, first = [], 0
+    for count in page_counts:
+        pages.append(range(first, first + count))
+        first += count
+    zeros = (0,) * len(page_counts)
+    return Batch(starts=starts, contexts=zeros, slots=zeros, pages=pages, page_size=PAGE_TOKENS)
+
+
+def _native_attention(ctx: Any, saved: Sequence[Tensor | None], pages: tuple[Tensor | None, Tensor | None]) -> Any:
+    qkv, rotation, out, log_sums, keys, values = (
+        0 if tensor is None else tensor.data_ptr() for tensor in (*saved, *pages)
+    )
+    page_element = getattr(extension().PageElement, str(ctx.page_dtype).removeprefix("torch."))
+    return extension().attention(*ctx.sizes, rotation, ctx.batch.native, qkv, page_element, keys, values, out, log_sums)
 
 
 def attention_over(

@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from freehold.ops.linear import linear, linear_reference
+from freehold.ops.native import is_native, kernels
 from freehold.ops.weight import Weight, dense
 
 # The label of a token whose successor counts for nothing; the one that torch ignores.
@@ -33,7 +34,7 @@ def linear_cross_entropy(hidden_TD: Tensor, head: Weight, labels_T: Tensor) -> t
     gradient. Rows of IGNORED labels are left out before the product.
     Shapes: head [V, D].
     Precision: logits are those of serving, rounded to the dtype of hidden_TD; softmax and sum are float32, as is the
-        sum over chunks of the head's gradient, which bfloat16 would spoil in long runs.
+        sum over chunks of the head's gradient, which bfloat16 would spoil in long runs. On a CPU so are all products.
     """
     rows_S = (labels_T != IGNORED).nonzero()[:, 0]
     hidden_SD, labels_S = hidden_TD[rows_S], labels_T[rows_S]
@@ -61,18 +62,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_SD: Tensor, head: Weight, labels_S: Tensor) -> Tensor:
         wants_hidden, wants_head, _ = ctx.needs_input_grad
+        # float32 products where a CPU may have none of bfloat16; the table is widened once.
+        dtype = torch.float32 if hidden_SD.is_cpu else hidden_SD.dtype
+        wide_head = dense(head, dtype) if wants_hidden else None
         hidden_gradients = [torch.zeros_like(hidden_SD[:0])]
         head_gradient = torch.zeros(head.shape, device=hidden_SD.device) if wants_head else None
         total = torch.zeros((), device=hidden_SD.device)
         for rows_SD, rows_S in chunks(hidden_SD, labels_S, head):
-            logprobs_SV = linear(rows_SD, head).float().log_softmax(dim=-1)
-            total -= logprobs_SV.gather(1, rows_S[:, None]).sum()
-            if wants_hidden or head_gradient is not None:
-                gradient_SV = _gradient(logprobs_SV, rows_S).to(rows_SD.dtype)
-            if wants_hidden:
-                hidden_gradients.append(gradient_SV @ dense(head, rows_SD.dtype))
+            losses_S, gradient_SV = _losses(linear(rows_SD, head).float(), rows_S)
+            total += losses_S.sum()
+            gradient_SV = gradient_SV.to(dtype)
+            if wide_head is not None:
+                hidden_gradients.append((gradient_SV @ wide_head).to(hidden_SD.dtype))
             if head_gradient is not None:
-                head_gradient += gradient_SV.T @ rows_SD
+                head_gradient += gradient_SV.T @ rows_SD.to(dtype)
         hidden_gradient = torch.cat(hidden_gradients) if wants_hidden else None
         ctx.gradients, ctx.head_dtype = (hidden_gradient, head_gradient), getattr(head, "dtype", None)
         return total
@@ -93,11 +96,23 @@ def chunks(hidden_SD: Tensor, labels_S: Tensor, head: Weight) -> list[tuple[Tens
     return list(zip(hidden_SD.split(num_rows), labels_S.split(num_rows), strict=True)) if len(labels_S) else []
 
 
-def _gradient(logprobs_SV: Tensor, labels_S: Tensor) -> Tensor:
-    """Return softmax(logits) - one-hot(labels), the gradient of the sum of losses. Mutates: logprobs_SV."""
+def _losses(logits_SV: Tensor, labels_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Return -log softmax(logits)[label] of each row, and its gradient, softmax(logits) - one-hot(label).
+
+    Mutates: logits_SV, which become the gradient where the kernels make it.
+    """
+    form = kernels()
+    if form is not None and is_native(logits_SV):
+        assert bool(((labels_S >= 0) & (labels_S < logits_SV.shape[1])).all()), "labels are ids of the vocabulary"
+        losses_S, labels_S = logits_SV.new_empty(len(labels_S)), labels_S.contiguous()
+        addresses = logits_SV.data_ptr(), labels_S.data_ptr()
+        form.cross_entropy(torch.get_num_threads(), *addresses, *logits_SV.shape, losses_S.data_ptr())
+        return losses_S, logits_SV
+    logprobs_SV = logits_SV.log_softmax(dim=-1)
+    losses_S = -logprobs_SV.gather(1, labels_S[:, None])[:, 0]
     gradient_SV = logprobs_SV.exp_()
     gradient_SV[torch.arange(len(labels_S), device=labels_S.device), labels_S] -= 1.0
-    return gradient_SV
+    return losses_S, gradient_SV
 
 
 def _chunk_logprobs(hidden_SD: Tensor, head: Weight, labels_S: Tensor) -> Tensor:

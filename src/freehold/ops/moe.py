@@ -13,7 +13,7 @@ from torch.nn.functional import relu
 
 from freehold.ops.linear import linear, write_product
 from freehold.ops.native import is_native, kernels
-from freehold.ops.weight import Weight, matrix_at
+from freehold.ops.weight import Weight, dense, matrix_at, matrix_of
 
 MAX_EXPERTS = 1024  # that kernels take, as native/mixers.h says
 
@@ -191,14 +191,13 @@ def mix_experts_reference(input_TZ: Tensor, experts_TX: Tensor, weights_TX: Tens
 
 
 def mix_experts(input_TZ: Tensor, experts_TX: Tensor, weights_TX: Tensor, up: Weight, down: Weight) -> Tensor:
-    """Return `mix_experts_reference` of the same arguments, by the native kernels where plain weights let it.
+    """Return `mix_experts_reference` of the same arguments, by the native kernels where no adapter is in the way.
 
     The bits are those of a whole block that the kernels run.
 
     Precision: float32 inside, and each gradient; they are rounded once, to the dtype of what they belong to.
     """
-    plain = [weight for weight in (up, down) if isinstance(weight, Tensor) and is_native(weight)]
-    if kernels() is None or len(plain) < 2 or not input_TZ.is_cpu:
+    if kernels() is None or not input_TZ.is_cpu or matrix_of(up) is None or matrix_of(down) is None:
         return mix_experts_reference(input_TZ, experts_TX, weights_TX, up, down)
     mixed_TZ: Tensor = _Mix.apply(input_TZ.float(), experts_TX, weights_TX, up, down)  # type: ignore[no-untyped-call]
     return mixed_TZ.to(input_TZ.dtype)
@@ -214,18 +213,16 @@ class _Mix(torch.autograd.Function):
     """Rows of all experts lie in one tensor, sorted by expert: S of them, T X."""
 
     @staticmethod
-    def forward(
-        ctx: Any, input_TZ: Tensor, experts_TX: Tensor, weights_TX: Tensor, up_EFZ: Tensor, down_EZF: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, input_TZ: Tensor, experts_TX: Tensor, weights_TX: Tensor, up: Weight, down: Weight) -> Tensor:
         form, (num_tokens, num_chosen) = kernels(), experts_TX.shape
         assert form is not None, "the caller has asked"
-        order_S, counts = _by_expert(experts_TX, len(up_EFZ))
+        order_S, counts = _by_expert(experts_TX, up.shape[0])
         input_SZ = input_TZ[order_S // num_chosen]
-        inner_SF, results_SZ = input_SZ.new_empty(len(order_S), up_EFZ.shape[1]), torch.empty_like(input_SZ)
-        for up_FZ, rows_SZ, out_SF in _each(counts, up_EFZ, input_SZ, inner_SF):
+        inner_SF, results_SZ = input_SZ.new_empty(len(order_S), up.shape[1]), torch.empty_like(input_SZ)
+        for up_FZ, rows_SZ, out_SF in _each(counts, up, input_SZ, inner_SF):
             write_product(rows_SZ, up_FZ, out_SF)
         inner_SF.relu_().square_()
-        for down_ZF, rows_SF, out_SZ in _each(counts, down_EZF, inner_SF, results_SZ):
+        for down_ZF, rows_SF, out_SZ in _each(counts, down, inner_SF, results_SZ):
             write_product(rows_SF, down_ZF, out_SZ)
         places_TX = torch.empty_like(order_S, dtype=torch.int32)
         places_TX[order_S] = torch.arange(len(order_S), dtype=torch.int32)
@@ -238,36 +235,39 @@ class _Mix(torch.autograd.Function):
             input_TZ.shape[1],
             out_TZ.data_ptr(),
         )
-        ctx.save_for_backward(input_TZ, inner_SF, order_S, weights_TX, up_EFZ, down_EZF)
-        ctx.counts = counts
+        plain = [weight if isinstance(weight, Tensor) else None for weight in (up, down)]
+        ctx.save_for_backward(input_TZ, inner_SF, order_S, weights_TX, *plain)
+        ctx.counts, ctx.packed = counts, (up, down) if plain == [None, None] else None
         return out_TZ
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        input_TZ, inner_SF, order_S, weights_TX, up_EFZ, down_EZF = ctx.saved_tensors
-        (out_TZ,), counts = gradients, ctx.counts
+        input_TZ, inner_SF, order_S, weights_TX, *plain = ctx.saved_tensors
+        (out_TZ,), counts, (up, down) = gradients, ctx.counts, ctx.packed or plain
+        *_, wants_up, wants_down = ctx.needs_input_grad
         tokens_S = order_S // weights_TX.shape[1]
         out_SZ, weights_S1 = out_TZ[tokens_S], weights_TX.flatten()[order_S, None]
         of_inner_SF = torch.empty_like(inner_SF)
-        for down_ZF, rows_SZ, to_SF in _each(counts, down_EZF, out_SZ, of_inner_SF):
-            torch.mm(rows_SZ, down_ZF.float(), out=to_SF)
+        for down_ZF, rows_SZ, to_SF in _each(counts, down, out_SZ, of_inner_SF):
+            torch.mm(rows_SZ, dense(down_ZF, torch.float32), out=to_SF)
         of_weights_S = (of_inner_SF * inner_SF).sum(dim=-1)
         of_up_SF = inner_SF.sqrt().mul_(of_inner_SF).mul_(2 * weights_S1)
-        of_down_EZF = _summed(counts, out_SZ.mul_(weights_S1), inner_SF, down_EZF)
-        of_up_EFZ = _summed(counts, of_up_SF, input_TZ[tokens_S], up_EFZ)
+        out_SZ.mul_(weights_S1)
+        of_down_EZF = _summed(counts, out_SZ, inner_SF, down) if wants_down else None
+        of_up_EFZ = _summed(counts, of_up_SF, input_TZ[tokens_S], up) if wants_up else None
         of_input_SZ = out_SZ  # whose values are no longer wanted
-        for up_FZ, rows_SF, to_SZ in _each(counts, up_EFZ, of_up_SF, of_input_SZ):
-            torch.mm(rows_SF, up_FZ.float(), out=to_SZ)
+        for up_FZ, rows_SF, to_SZ in _each(counts, up, of_up_SF, of_input_SZ):
+            torch.mm(rows_SF, dense(up_FZ, torch.float32), out=to_SZ)
         of_input_TXZ = torch.empty_like(of_input_SZ).index_copy_(0, order_S, of_input_SZ).unflatten(0, weights_TX.shape)
         of_weights_TX = torch.empty_like(of_weights_S).index_copy_(0, order_S, of_weights_S).view_as(weights_TX)
         return of_input_TXZ.sum(dim=1), None, of_weights_TX, of_up_EFZ, of_down_EZF
 
 
-def _each(counts: Sequence[int], weights: Tensor, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _each(counts: Sequence[int], weights: Weight, *rows: Tensor) -> Iterator[tuple[Any, ...]]:
     """Yield each expert's matrix and its part of sorted rows, of those experts that have any."""
-    for matrix, count, *parts in zip(weights, counts, *(tensor.split(counts) for tensor in rows), strict=True):
+    for expert, (count, *parts) in enumerate(zip(counts, *(tensor.split(counts) for tensor in rows), strict=True)):
         if count:
-            yield matrix, *parts
+            yield matrix_at(weights, expert), *parts
 
 
 def _summed(counts: Sequence[int], of_out: Tensor, rows: Tensor, like: Tensor) -> Tensor:

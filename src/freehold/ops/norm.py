@@ -3,14 +3,13 @@
 Belongs here: the references and the choice of kernel. Not here: modules and parameters.
 """
 
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from freehold.ops.gradient import wants_gradient, with_reference_gradient
+from freehold.ops.gradient import wants_gradient
 from freehold.ops.native import extension, is_native, kernels
 
 NormOrder = Literal["cast_then_multiply", "multiply_then_cast"]
@@ -36,15 +35,15 @@ def rms_norm_reference(hidden_TD: Tensor, weight_D: Tensor, *, eps: float, order
 def rms_norm(hidden_TD: Tensor, weight_D: Tensor, *, eps: float, order: NormOrder) -> Tensor:
     """Return `rms_norm_reference` of the same arguments, by the native kernel where it applies.
 
-    The kernel takes contiguous float32 and bfloat16 on the CPU; the gradient is the reference's. Its rows have a fixed
-    order of summation: the bits of a row depend on nothing else.
+    The kernel takes contiguous float32 and bfloat16 on the CPU. Its rows have a fixed order of summation: the bits of a
+    row depend on nothing else. In the gradient the roundings count for nothing.
     """
     if kernels() is None or not is_native(hidden_TD) or not is_native(weight_D):
         return rms_norm_reference(hidden_TD, weight_D, eps=eps, order=order)
-    native, reference = (partial(norm, eps=eps, order=order) for norm in (_rms_norm_native, rms_norm_reference))
     if wants_gradient(hidden_TD, weight_D):
-        return with_reference_gradient(native, reference, hidden_TD, weight_D)
-    return native(hidden_TD, weight_D)
+        out_TD: Tensor = _RmsNorm.apply(hidden_TD, weight_D, eps, order)  # type: ignore[no-untyped-call]
+        return out_TD
+    return _rms_norm_native(hidden_TD, weight_D, eps=eps, order=order)
 
 
 def _rms_norm_native(hidden_TD: Tensor, weight_D: Tensor, *, eps: float, order: NormOrder) -> Tensor:
@@ -53,6 +52,7 @@ def _rms_norm_native(hidden_TD: Tensor, weight_D: Tensor, *, eps: float, order: 
     assert weight_D.shape == (width,), f"a weight of {tuple(weight_D.shape)} for rows of {width}"
     out_TD = torch.empty_like(hidden_TD)
     form.rms_norm(
+        torch.get_num_threads(),
         out_TD.data_ptr(),
         hidden_TD.data_ptr(),
         hidden_TD.dtype is torch.bfloat16,
@@ -61,6 +61,34 @@ def _rms_norm_native(hidden_TD: Tensor, weight_D: Tensor, *, eps: float, order: 
         native_norm(weight_D, eps=eps, order=order),
     )
     return out_TD
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_D: Tensor, eps: float, order: NormOrder) -> Tensor:
+        ctx.save_for_backward(hidden_TD, weight_D)
+        ctx.eps, ctx.order = eps, order
+        return _rms_norm_native(hidden_TD, weight_D, eps=eps, order=order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_TD,), (hidden_TD, weight_D) = gradients, ctx.saved_tensors
+        wants_hidden, wants_weight, *_ = ctx.needs_input_grad
+        form, gradient_TD = kernels(), gradient_TD.float().contiguous()
+        assert form is not None, "the forward ran on it"
+        hidden = torch.empty_like(hidden_TD) if wants_hidden else None
+        weight = torch.empty_like(weight_D, dtype=torch.float32) if wants_weight else None
+        form.norm_gradient(
+            torch.get_num_threads(),
+            hidden_TD.data_ptr(),
+            hidden_TD.dtype is torch.bfloat16,
+            *hidden_TD.shape,
+            native_norm(weight_D, eps=ctx.eps, order=ctx.order),
+            gradient_TD.data_ptr(),
+            0 if hidden is None else hidden.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+        )
+        return hidden, None if weight is None else weight.to(weight_D.dtype), None, None
 
 
 def native_norm(weight_D: Tensor, *, eps: float, order: NormOrder) -> Any:

@@ -172,6 +172,6 @@ def matrix_of(weight: Weight) -> Any | None:
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """Return a weight as a tensor: a plain one as it is, a packed one's values in a dtype."""
+    """Return a weight's values as a tensor of a dtype; a plain one that has it already as it is."""
     assert not isinstance(weight, Adapted), "an adapter is no part of a tensor before it is merged"
-    return weight.dense().to(dtype) if isinstance(weight, Packed) else weight
+    return (weight.dense() if isinstance(weight, Packed) else weight).to(dtype)

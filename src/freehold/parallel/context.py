@@ -138,6 +138,8 @@ def divide_context(block: Block) -> None:
 class PartialAttention(Attention):
     """Attention whose first sequence has keys and values in other processes."""
 
+    sees_all = False
+
     def _attend(self, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, layout: Layout, state: PagedKV | None) -> Tensor:
         assert isinstance(layout, Part), "tokens come as a part"
         assert state is None, "a part keeps no state"

@@ -43,9 +43,9 @@ class HeadPart(Head):
         nn.Module.__init__(self)
         self.weight, self.bias, self.group = weight, None, group
 
-    def forward(self, hidden_TD: Tensor) -> Tensor:
+    def forward(self, hidden_TD: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return all logits [T, V], everywhere."""
-        part_TV = linear(shared(hidden_TD, self.group), self.weight)
+        part_TV = linear(shared(hidden_TD, self.group), self.weight, dtype=dtype)
         num_rows, index, count = self.weight.shape[0], self.group.rank(), self.group.size()
         return summed(functional.pad(part_TV, (index * num_rows, (count - 1 - index) * num_rows)), self.group)
 

@@ -22,8 +22,9 @@ from freehold.train.optim import matrix_names, train_all
 
 # The interpreter with torch and what it has of files.
 PROGRAM_BYTES = 500 << 20
-# What a block keeps for its gradient of each value that a token has within it, and what backward adds to that.
-COPIES_KEPT = 3
+# What a block keeps for its gradient of each value that a token has within it, and what backward adds to that. Kernels
+# whose gradients are their own keep less than the functions of torch.
+COPIES_KEPT, COPIES_KEPT_BY_KERNELS = 3, 2
 COPIES_IN_BACKWARD = 6
 # Copies of a chunk of logits that live at once.
 LOGITS_COPIES = 3
@@ -110,9 +111,10 @@ def _activation_lines(decoder: Decoder, settings: TrainSettings) -> list[MemoryL
     width, dtype = decoder.spec.width, parse_dtype(settings.dtype)
     inputs = (len(blocks) + 2) * num_tokens * width * dtype.itemsize
     inner = [FLOAT32_BYTES * num_tokens * _values_per_token(block, width) for block in blocks]
-    is_anew = settings.recompute or (settings.device == "cpu" and kernels() is not None)
-    kept = inputs if is_anew else inputs + COPIES_KEPT * sum(inner)
-    working = (COPIES_KEPT * is_anew + COPIES_IN_BACKWARD) * max(inner)
+    is_anew, is_native = settings.recompute, settings.device == "cpu" and kernels() is not None
+    copies = COPIES_KEPT_BY_KERNELS if is_native else COPIES_KEPT
+    kept = inputs if is_anew else inputs + copies * sum(inner)
+    working = (copies * is_anew + COPIES_IN_BACKWARD) * max(inner)
     why = "what enters each block; the rest is computed anew" if is_anew else "all that blocks compute"
     return [
         MemoryLine(name="activations", num_bytes=kept, why=f"{why}, {num_tokens:,} tokens"),

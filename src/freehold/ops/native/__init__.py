@@ -67,6 +67,20 @@ def keeps_rows_apart(tensor: Tensor) -> bool:
     return tensor.is_cpu and kernels() is not None and not torch.is_grad_enabled()
 
 
+def is_recorded(tensor: Tensor) -> bool:
+    """Return whether a gradient may be wanted of what kernels make of a tensor."""
+    return tensor.is_cpu and kernels() is not None and torch.is_grad_enabled()
+
+
+def inner_dtype(tensor: Tensor) -> torch.dtype:
+    """Return what a mixer that reads a tensor holds its values in between its products.
+
+    Float32 where its gradient is recorded: a block as one native call keeps that inside, and the two have to give the
+    same bits. The tensor's own dtype elsewhere.
+    """
+    return torch.float32 if is_recorded(tensor) else tensor.dtype
+
+
 class Batch:
     """How packed tokens divide into sequences, as the kernels read it; `models.layout.Layout` in 32-bit integers."""
 
