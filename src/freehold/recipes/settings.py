@@ -124,7 +124,7 @@ class TrainSettings:
     ] = "float32"
     recompute: Annotated[
         bool,
-        Key(says="Whether backward computes each block anew and keeps less. The kernels of a CPU always do."),
+        Key(says="Whether backward computes each block anew, and keeps less memory until then."),
     ] = False
     seed: Annotated[int, Key(says="What decides the order of data, and a new model's weights.")] = 0
     threads: Annotated[
