@@ -23,15 +23,19 @@ from typing import Any
 from freehold.errors import BadRequest, BadTemplate
 
 WORKER = Path(__file__).with_name("sandbox_worker.py")
-START_TIMEOUT_S = 30.0
-# How native code ends when an allocation fails, and when recursion reaches the end of the stack.
-DEATHS = {-signal.SIGABRT: "memory", -signal.SIGSEGV: "stack"}
+# For a child on a machine that has other things to do; its own time is counted while it has the processor.
+PATIENCE_S = 60.0
+# How native code ends when an allocation fails, when recursion reaches the end of the stack, and by its timer.
+DEATHS = {-signal.SIGABRT: "memory", -signal.SIGSEGV: "stack", -signal.SIGPROF: "time"}
 HINT = "the template is part of the model's files; take the model from a source that you trust"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TemplateBudget:
-    """What one rendering may use. A prompt of 600,000 characters takes about 170,000 steps and 2 ms."""
+    """What one rendering may use; time_s is the processor's, which does not pass while others have it.
+
+    A prompt of 600,000 characters takes about 170,000 steps and 2 ms.
+    """
 
     steps: int = 20_000_000
     time_s: float = 2.0
@@ -78,7 +82,7 @@ class Sandbox:
     def _ask(self, request: bytes) -> dict[str, str]:
         child = self._child or self._start()
         try:
-            reply = _exchange(child, request, time_s=self.budget.time_s)
+            reply = _exchange(child, request)
         except TimeoutError:
             reply = {"budget": "time"}
         except _Ended:
@@ -101,7 +105,7 @@ class Sandbox:
         # Its own session: Ctrl-C in a terminal is meant for the answer, not for this child.
         self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, start_new_session=True)
         try:
-            _exchange(self._child, json.dumps(asdict(self.budget)).encode() + b"\n", time_s=START_TIMEOUT_S)
+            _exchange(self._child, json.dumps(asdict(self.budget)).encode() + b"\n")
         except (TimeoutError, _Ended):
             self._end()
             raise BadTemplate("the process that renders chat templates does not start here") from None
@@ -120,7 +124,7 @@ class Sandbox:
     def _budget_line(self, name: str) -> str:
         limits = {
             "steps": f"more than {self.budget.steps:,} steps",
-            "time": f"more than {self.budget.time_s:g} s",
+            "time": f"more than {self.budget.time_s:g} s of the processor",
             "memory": f"more memory than {self.budget.memory_bytes >> 20} MiB",
             "stack": "nesting deeper than its stack",
             "output": f"output longer than {self.budget.output_chars:,} characters",
@@ -139,11 +143,11 @@ def _request_line(source: str, context: Mapping[str, Any]) -> bytes:
         raise BadRequest(f"messages or tools cannot be written as JSON: {_one_line(str(error))}") from None
 
 
-def _exchange(child: subprocess.Popen[bytes], request: bytes, *, time_s: float) -> dict[str, Any]:
-    """Return the child's reply to one line. Raises: TimeoutError after time_s, _Ended where the child has gone."""
+def _exchange(child: subprocess.Popen[bytes], request: bytes) -> dict[str, Any]:
+    """Return the child's reply to one line. Raises: TimeoutError where none comes, _Ended where the child has gone."""
     assert child.stdin, "the child was started with a pipe to it"
     assert child.stdout, "the child was started with a pipe from it"
-    deadline = time.monotonic() + time_s
+    deadline = time.monotonic() + PATIENCE_S
     os.set_blocking(child.stdin.fileno(), False)
     unsent, received = memoryview(request), bytearray()
     with selectors.DefaultSelector() as ready:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import resource
+import signal
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -35,7 +36,10 @@ def main() -> None:
         environment = _make_environment(steps=budget["steps"])
         _reply(replies, {"ready": True})
         for line in requests:
-            _reply(replies, _answer(environment, line, output_chars=budget["output_chars"]))
+            signal.setitimer(signal.ITIMER_PROF, budget["time_s"])  # when it is over, the kernel ends this process
+            reply = _answer(environment, line, output_chars=budget["output_chars"])
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            _reply(replies, reply)
 
 
 def _give_up_resources(memory_bytes: int) -> None:
