@@ -172,8 +172,9 @@ def test_attention_that_sees_its_neighbours_breaks_company(monkeypatch):
 @pytest.mark.usefixtures("references")
 def test_a_state_that_leaks_into_the_next_sequence_breaks_company(monkeypatch):
     class Leaky(mamba2.Mamba2):
-        def _mix_anew(self, projected_TP, layout):
-            return super()._mix_anew(projected_TP, Layout.packed([layout.num_tokens]))
+        def _mix(self, projected_TP, layout, state):
+            whole = Layout.packed([layout.num_tokens]) if state is None else layout
+            return super()._mix(projected_TP, whole, state)
 
     decoder = tiny_decoder(NEMOTRON)
     decoder.blocks[0].mixer.__class__ = Leaky
