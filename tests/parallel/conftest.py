@@ -1,4 +1,4 @@
-"""One fleet of processes for all tests of this folder."""
+"""One fleet of processes for the tests of a file: while it stays, its groups' threads look for work, and slow down all else."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from parallel.fleet import Fleet, running_fleet
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     with running_fleet(Path(tmp_path_factory.mktemp("fleet"))) as fleet:
         yield fleet
