@@ -1,4 +1,4 @@
-"""One fleet of processes for the tests of a file: while it stays, its groups' threads look for work, and slow down all else."""
+"""A fleet of processes for the tests of a file; it ends with them, for its threads look for work and slow all else."""
 
 from collections.abc import Iterator
 from pathlib import Path
