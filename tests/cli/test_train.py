@@ -141,9 +141,9 @@ def test_what_was_trained_is_served(folder):
 
 def test_a_change_on_the_command_line_wins(folder):
     file = write_run(folder, "changed")
-    ended = call("train", "pretrain", file, "--set", "schedule.total=2", "--set", f"out={folder / 'other'}")
+    ended = call("train", "pretrain", file, "--set", "schedule.total=2", "--set", f"out={folder / 'elsewhere'}")
     assert ended.code == 0, ended
-    assert len(unhurried(folder / "other")) == 2
+    assert len(unhurried(folder / "elsewhere")) == 2
     assert not (folder / "changed").exists()
 
 

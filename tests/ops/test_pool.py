@@ -112,7 +112,8 @@ def bits_by_kernels_alone(case, expected_TF: torch.Tensor, num_threads: int) -> 
     rows_TD, weight = case
     out_TF, matrix = torch.empty(len(rows_TD), weight.shape[0]), matrix_of(weight)
     for _ in range(20):
-        kernels().linear(num_threads, out_TF.data_ptr(), rows_TD.data_ptr(), False, len(rows_TD), matrix, 0, False)
+        out, rows = out_TF.data_ptr(), rows_TD.data_ptr()
+        kernels().linear(num_threads, out, False, rows, False, len(rows_TD), matrix, 0, False)
     return out_TF.numpy().tobytes() == expected_TF.numpy().tobytes()
 
 

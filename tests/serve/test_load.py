@@ -15,7 +15,7 @@ from serve.wide import HYBRID
 
 LOAD = Path(__file__).parents[2] / "bench" / "load.py"
 # Memory for fewer pages than all clients want, and fewer sequences than clients, so that some wait and some make room.
-SERVE = "--memory 0.69 --max-sequences 16 --threads 1 --log quiet"
+SERVE = "--memory 0.7 --max-sequences 16 --threads 1 --log quiet"
 
 
 @needs_kernels

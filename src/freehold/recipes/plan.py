@@ -14,7 +14,6 @@ from freehold.errors import BadInput
 from freehold.models.decoder import Decoder, build_decoder
 from freehold.models.spec import BlockSpec, DecoderSpec, Mamba2Spec
 from freehold.ops.loss import CHUNK_BYTES
-from freehold.ops.native import kernels
 from freehold.ops.ssm import CHUNK_LENGTH
 from freehold.recipes.settings import TrainSettings
 from freehold.train.balance import all_blocks
@@ -22,9 +21,8 @@ from freehold.train.optim import matrix_names, train_all
 
 # The interpreter with torch and what it has of files.
 PROGRAM_BYTES = 500 << 20
-# What a block keeps for its gradient of each value that a token has within it, and what backward adds to that. Kernels
-# whose gradients are their own keep less than the functions of torch.
-COPIES_KEPT, COPIES_KEPT_BY_KERNELS = 3, 2
+# What a block keeps for its gradient of each value that a token has within it, and what backward adds to that.
+COPIES_KEPT = 3
 COPIES_IN_BACKWARD = 6
 # Copies of a chunk of logits that live at once.
 LOGITS_COPIES = 3
@@ -111,10 +109,9 @@ def _activation_lines(decoder: Decoder, settings: TrainSettings) -> list[MemoryL
     width, dtype = decoder.spec.width, parse_dtype(settings.dtype)
     inputs = (len(blocks) + 2) * num_tokens * width * dtype.itemsize
     inner = [FLOAT32_BYTES * num_tokens * _values_per_token(block, width) for block in blocks]
-    is_anew, is_native = settings.recompute, settings.device == "cpu" and kernels() is not None
-    copies = COPIES_KEPT_BY_KERNELS if is_native else COPIES_KEPT
-    kept = inputs if is_anew else inputs + copies * sum(inner)
-    working = (copies * is_anew + COPIES_IN_BACKWARD) * max(inner)
+    is_anew = settings.recompute
+    kept = inputs if is_anew else inputs + COPIES_KEPT * sum(inner)
+    working = (COPIES_KEPT * is_anew + COPIES_IN_BACKWARD) * max(inner)
     why = "what enters each block; the rest is computed anew" if is_anew else "all that blocks compute"
     return [
         MemoryLine(name="activations", num_bytes=kept, why=f"{why}, {num_tokens:,} tokens"),
