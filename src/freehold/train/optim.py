@@ -1,7 +1,8 @@
 """What moves the weights: AdamW, or Muon for the matrices of blocks; float32 inside, whatever the model's dtype.
 
-Belongs here: which parameter is moved by what, gradients in float32, and the state that outlives a process. The
-arithmetic is torch.optim's. Not here: the learning rate (schedule.py), when a step is taken (step.py).
+Belongs here: which parameter is moved by what, gradients in float32, and the state that outlives a process. AdamW's
+arithmetic is torch.optim's, Muon's is in muon.py. Not here: the learning rate (schedule.py), when a step is taken
+(step.py).
 """
 
 import weakref
@@ -17,6 +18,7 @@ from freehold.models.decoder import Decoder
 from freehold.models.linear import Linear
 from freehold.models.moe import Experts, Router
 from freehold.parallel.data import REPLICATED, Gradients, local
+from freehold.train.muon import Muon
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,14 +193,7 @@ def _optimizers(
     decayed, undecayed = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
     found: list[torch.optim.Optimizer] = []
     if muon:
-        found.append(
-            torch.optim.Muon(
-                muon,
-                weight_decay=settings.weight_decay,
-                momentum=settings.momentum,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        found.append(Muon(muon, weight_decay=settings.weight_decay, momentum=settings.momentum))
     if rest:
         groups = [
             {"params": decayed, "weight_decay": settings.weight_decay},
