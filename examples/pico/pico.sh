@@ -24,7 +24,7 @@ for name in held-out-texts held-out-chats texts chats; do
     [ -f "data/$name/data.json" ] || freehold data build "rows/$name.jsonl" --model tokenizer --out "data/$name"
 done
 
-# 4. Pre-training on all of it: first weights as Nemotron's are drawn, Muon and AdamW, warm-up, stable time, decay.
+# 4. Pre-training on all of it: first weights as Nemotron's are drawn, AdamW, warm-up, stable time, decay.
 [ -f config.json ] || cp "$recipe/config.json" config.json
 [ -d pretrained/model ] ||
     freehold train pretrain "$recipe/pretrain.toml" --set schedule.total="$pretraining_steps"
