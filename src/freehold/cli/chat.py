@@ -31,7 +31,7 @@ Ctrl-C stops an answer; what was said stays in the conversation. A space before 
 
 
 def chat(
-    model: options.ModelOrShipped = options.SHIPPED_MODEL,
+    model: options.ModelOrDefault = options.DEFAULT_MODEL,
     system: options.System = None,
     max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = 0.0,

@@ -19,9 +19,9 @@ ModelName = Annotated[
         show_default=False,
     ),
 ]
-SHIPPED_MODEL = "freehold-pico"
-ModelOrShipped = Annotated[
-    str, typer.Argument(metavar="MODEL", help="As elsewhere; without it, the small model that came with Freehold.")
+DEFAULT_MODEL = "smollm2-135m-instruct"
+ModelOrDefault = Annotated[
+    str, typer.Argument(metavar="MODEL", help="As elsewhere; without it, the small model that `make run` fetches.")
 ]
 MaxTokens = Annotated[
     int | None,

@@ -45,7 +45,7 @@ LogForm = Annotated[
 
 
 def serve(
-    model: options.ModelOrShipped = options.SHIPPED_MODEL,
+    model: options.ModelOrDefault = options.DEFAULT_MODEL,
     host: Annotated[str, typer.Option(help="Where to listen. Beyond this machine, every request needs a key.")] = (
         "127.0.0.1"
     ),
