@@ -1,7 +1,7 @@
 """Sequences that share a step: packed to a budget of tokens, isolated from each other by the layout.
 
     order    s0 s1 s2 s3 s4 s5 s6 s7 | s8 ...      a group of sequences that follow each other, packed among themselves
-    packs    [s0 s3] [s1 s2 s6] [s4 s7] [s5]       the longest first, each where it fits best; packs by their earliest
+    packs    [s0 s1 s3] [s2 s4 s6] [s5 s7]         as they come, each where it fits best; packs by their earliest
 
 A group depends on its number alone, so a place in the stream is two numbers, and no buffer has to be kept to go on.
 """
@@ -114,11 +114,12 @@ class Stream:
 def best_fit(lengths: dict[int, int], budget_tokens: int) -> list[Pack]:
     """Return packs that hold each of some places once, none with more tokens than the budget.
 
-    The longest comes first, and each goes to the fullest pack that has room for it.
+    They come in order, and each goes to the fullest pack that has room for it. With the longest first packs would be
+    fuller by a little, but each of sequences of one length, and what is alike in length is often alike in kind.
     """
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []  # tokens that are left, and whose they are, in order
-    for place, length in sorted(lengths.items(), key=lambda item: (-item[1], item[0])):
+    for place, length in lengths.items():
         fitting = bisect_left(room, (length, 0))
         if fitting == len(room):
             packs.append([])
