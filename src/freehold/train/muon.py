@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
                 self._move(matrices, group)
 
     def _move(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
-        gradients = [matrix.grad for matrix in matrices]
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]  # all have one: see `step`
         buffers = [self._momentum_of(matrix) for matrix in matrices]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])
