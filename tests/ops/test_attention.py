@@ -1,6 +1,7 @@
 """Attention against a softmax written out token by token, over packed tokens and over pages; values and gradients."""
 
 import math
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from freehold.ops.attention import (
     attend,
     attention,
     attention_over,
+    attention_side_by_side,
     read_keys,
     read_values,
     write_keys,
@@ -142,3 +144,15 @@ def test_sixteen_keys_lie_side_by_side_in_a_page():
     assert torch.equal(value_pages[1, 1, 19], v_MJK[19, 1])
     assert torch.equal(read_keys(key_pages, [1]), k_MJK)
     assert torch.equal(read_values(value_pages, [1]), v_MJK)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), HEADS)
+@pytest.mark.parametrize("lengths", [[1], [3, 1, 7, 2]], ids=["one-token", "packed"])
+def test_spans_side_by_side_give_what_each_gives_alone(num_heads, num_kv_heads, lengths):
+    leaves = [heads.requires_grad_(True) for heads in random_qkv(sum(lengths), num_heads, num_kv_heads)]
+    starts = (0, *accumulate(lengths))
+    found, expected = attention_side_by_side(*leaves, starts=starts), attention(*leaves, spans=list(pairwise(starts)))
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+    weight_THK = torch.randn_like(found)
+    gradients = [torch.autograd.grad((mixed * weight_THK).sum(), leaves) for mixed in (found, expected)]
+    torch.testing.assert_close(*gradients, **TOLERANCE)

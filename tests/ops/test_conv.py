@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import conv1d, silu
 
-from freehold.ops.conv import causal_conv, causal_conv_step
+from freehold.ops.conv import causal_conv, causal_conv_anew, causal_conv_step
 
 # float32: four products and a bias, added in another order.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
@@ -73,3 +73,16 @@ def test_gradients_equal_those_of_conv1d():
     found = torch.autograd.grad(causal_conv(*arguments)[0].square().sum(), arguments)
     expected = torch.autograd.grad(by_torch(*arguments).square().sum(), arguments)
     torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("num_taps", [2, 4])
+def test_packed_sequences_do_not_see_each_other_nor_what_they_overflow_with(num_taps):
+    lengths = [1, 5, 2, 3]
+    x_TC, _, weight_CW, bias_C = random_conv(sum(lengths), num_taps)
+    x_TC[5] = torch.inf
+    nothing_YC = torch.zeros(num_taps - 1, CHANNELS)
+    expected = torch.cat([causal_conv(x_LC, nothing_YC, weight_CW, bias_C)[0] for x_LC in x_TC.split(lengths)])
+    positions_T = torch.cat([torch.arange(length) for length in lengths])
+    found = causal_conv_anew(x_TC, weight_CW, bias_C, positions_T)
+    torch.testing.assert_close(found, expected, equal_nan=True, **TOLERANCE)
+    assert found[6:].isfinite().all()

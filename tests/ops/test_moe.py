@@ -9,6 +9,7 @@ from freehold.ops.moe import (
     balance_loss,
     count_chosen,
     mix_experts,
+    mix_experts_grouped,
     mix_experts_reference,
     route,
     route_reference,
@@ -255,3 +256,23 @@ def test_the_balance_loss_moves_the_scores_of_a_favoured_expert_down():
         balance_loss(scores_TE.requires_grad_(True), choices(experts_TX, spans), spans=spans), scores_TE
     )
     assert (gradient_TE[:, 5] > 0).all()
+
+
+@pytest.mark.parametrize("num_chosen", [1, 3])
+def test_experts_in_one_product_are_the_reference_also_where_some_have_no_token(num_chosen):
+    width, inner = 16, 32  # whose rows begin where a grouped product wants them
+    input_TZ, up, down = (
+        torch.randn(TOKENS, width),
+        torch.randn(EXPERTS, inner, width),
+        torch.randn(EXPERTS, width, inner),
+    )
+    experts_TX = torch.rand(TOKENS, EXPERTS - 2).topk(num_chosen).indices + 1  # the first and the last are idle
+    leaves = [tensor.requires_grad_(True) for tensor in (input_TZ, torch.rand(TOKENS, num_chosen), up, down)]
+    input_TZ, weights_TX, up, down = leaves
+    found, expected = (
+        mix(input_TZ, experts_TX, weights_TX, up, down) for mix in (mix_experts_grouped, mix_experts_reference)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    weight_TZ = torch.randn_like(found)
+    gradients = [torch.autograd.grad((mixed * weight_TZ).sum(), leaves) for mixed in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)

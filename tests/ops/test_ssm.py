@@ -1,12 +1,13 @@
 """The scan in chunks and the single step against the recurrence written out, values and gradients."""
 
 import math
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
 from torch.nn.functional import softplus
 
-from freehold.ops.ssm import CHUNK_LENGTH, scan, scan_reference, scan_step, step_sizes
+from freehold.ops.ssm import CHUNK_LENGTH, scan, scan_anew, scan_reference, scan_step, step_sizes
 
 # float32: a chunk sums its sources in another order, and its decays are exponentials of differences of running sums.
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
@@ -54,6 +55,44 @@ def test_the_reference_is_the_formula(num_groups):
 def test_the_scan_in_chunks_is_the_reference(length, num_groups):
     arguments = random_scan(length, num_groups)
     torch.testing.assert_close(scan(*arguments), scan_reference(*arguments), **TOLERANCE)
+
+
+PACKS = {
+    "one-token": [1],
+    "one-chunk": [5, CHUNK_LENGTH],
+    "some-longer": [1, 3 * CHUNK_LENGTH + 1, 2, CHUNK_LENGTH, CHUNK_LENGTH + 1],
+}
+
+
+def one_after_the_other(arguments, starts):
+    """The recurrence of each packed sequence on its own, from a state of zeros."""
+    x_THP, dt_TH, a_H, b_TGN, c_TGN, d_H = arguments
+    spans = [slice(start, stop) for start, stop in pairwise(starts)]
+    zeros = torch.zeros(HEADS, HEAD_DIM, STATE)
+    return torch.cat([scan_reference(x_THP[s], dt_TH[s], a_H, b_TGN[s], c_TGN[s], d_H, zeros)[0] for s in spans])
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 4])
+@pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS)
+def test_the_scan_of_all_sequences_at_once_is_that_of_each(lengths, num_groups):
+    *arguments, _ = random_scan(sum(lengths), num_groups)
+    leaves = [argument.requires_grad_(True) for argument in arguments]
+    starts = [0, *accumulate(lengths)]
+    found, expected = scan_anew(*arguments, starts=starts), one_after_the_other(arguments, starts)
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+    weight_THP = torch.randn_like(found)
+    gradients = [torch.autograd.grad((y * weight_THP).sum(), leaves) for y in (found, expected)]
+    torch.testing.assert_close(*gradients, **GRADIENT_TOLERANCE)
+
+
+def test_a_sequence_that_overflows_spoils_no_other():
+    lengths = [70, CHUNK_LENGTH, 3]
+    x_THP, *others, _ = random_scan(sum(lengths))
+    expected = scan_anew(x_THP, *others, starts=[0, *accumulate(lengths)])
+    x_THP[69] = torch.inf
+    found = scan_anew(x_THP, *others, starts=[0, *accumulate(lengths)])
+    torch.testing.assert_close(found[70:], expected[70:], **TOLERANCE)
+    assert not found[69].isfinite().any()
 
 
 @pytest.mark.parametrize("length", [1, CHUNK_LENGTH, CHUNK_LENGTH + 3])

@@ -102,14 +102,18 @@ def _follow(recipe: "Recipe[TrainSettings]", settings: "TrainSettings") -> int:
 
 
 def _new_ledger(recipe: "Recipe[TrainSettings]", settings: "TrainSettings", processes: "Processes") -> "_Ledger":
-    from freehold.evaluate.limits import product_rate
+    from freehold.checkpoint.dtypes import parse_dtype
+    from freehold.engine.model import parse_device
+    from freehold.evaluate.limits import device_product_rate, product_rate
     from freehold.recipes.loop import use_threads
 
-    peak = product_rate("float32", use_threads(settings)) if settings.device == "cpu" else None
+    device, num_threads = parse_device(settings.device), use_threads(settings)
+    is_cpu = device.type == "cpu"
+    rate = product_rate("float32", num_threads) if is_cpu else device_product_rate(device, parse_dtype(settings.dtype))
     return _Ledger(
         total=settings.schedule.total,
         operations_per_token=recipe.plan(settings).operations_per_token,
-        peak=peak and peak * processes.count,
+        peak=rate * processes.count,
     )
 
 
@@ -143,12 +147,12 @@ def _signals(processes: "Processes") -> Iterator[list[int]]:
 class _Ledger:
     """Shows steps as lines.
 
-    operations_per_token: see `RunPlan`. peak: operations per second that the machine can do, None where unknown.
+    operations_per_token: see `RunPlan`. peak: operations per second that the machine can do.
     """
 
     total: int
     operations_per_token: float
-    peak: float | None
+    peak: float
     seconds: float = 0.0
     num_steps: int = 0
 
@@ -162,7 +166,7 @@ class _Ledger:
             f"gradient {line.gradient_norm:.2f}",
             f"rate {line.learning_rate:.2e}",
             f"{count_text(round(rate))} tokens/s",
-            *([f"{rate * self.operations_per_token / self.peak:.0%} of peak"] if self.peak else []),
+            f"{rate * self.operations_per_token / self.peak:.0%} of peak",
             f"{_duration((self.total - line.step) * self.seconds / self.num_steps)} left",
         ]
         show_line("  ".join(cells))

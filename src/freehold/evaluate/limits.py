@@ -21,6 +21,7 @@ ARITHMETICS: tuple[Arithmetic, ...] = ("float32", "up_to_six_bits", "eight_bits"
 
 READ_BYTES = 512 << 20  # far beyond any cache
 MATRIX_WIDTH = 1024
+DEVICE_MATRIX_WIDTH, DEVICE_ROUNDS = 8192, 10
 FIRST_ROUNDS, LEAST_S = 1 << 12, 0.02  # of a loop in registers: more until it has taken so long
 
 
@@ -50,6 +51,19 @@ def product_rate(arithmetic: Arithmetic, num_threads: int) -> float:
         if seconds >= LEAST_S:
             return num_operations / seconds
         num_rounds *= 4
+
+
+def device_product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return operations per second of a large square matrix product on a GPU, by the library that torch uses there."""
+    factor = torch.randn(DEVICE_MATRIX_WIDTH, DEVICE_MATRIX_WIDTH, device=device, dtype=dtype)
+
+    def multiply() -> None:
+        for _ in range(DEVICE_ROUNDS):
+            factor @ factor
+        torch.cuda.synchronize(device)
+
+    multiply()  # the library chooses its kernel
+    return DEVICE_ROUNDS * 2 * DEVICE_MATRIX_WIDTH**3 / _seconds(multiply)
 
 
 @cache

@@ -64,7 +64,9 @@ class Moe(nn.Module):
         """Add what tokens ask of the experts, as the reference of the router chooses. Mutates: load."""
         experts_TX, _ = self._route(hidden_TD)
         scores_TE = router_scores(hidden_TD, self.gate.weight)
-        load.counts = load.counts + experts_TX.flatten().bincount(minlength=self.spec.num_experts)
+        load.counts = (
+            load.counts + count_chosen(experts_TX, num_experts=self.spec.num_experts, spans=((0, len(experts_TX)),))[0]
+        )
         load.balance = load.balance + balance_loss(scores_TE, self._choices(experts_TX, layout), spans=layout.spans)
 
     def _choices(self, experts_TX: Tensor, layout: Layout) -> Tensor:

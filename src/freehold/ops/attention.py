@@ -9,14 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from freehold.ops.linear import linear
 from freehold.ops.native import Batch, extension, keeps_rows_apart, kernels
+from freehold.ops.pieces import whole
 
 KEY_LANES = 16  # keys that lie side by side in a page
 PAGE_TOKENS = 32  # a page holds a multiple of so many tokens
 SMALLEST_MAGNITUDE = 4e-37  # below it 127 over a magnitude is no float32, and a head counts as zeros (native/rows.h)
+# Not cuDNN's: it plans anew for each shape, 20 ms, and every step packs other lengths.
+KERNELS_OF_ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attention(q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, *, spans: Sequence[tuple[int, int]]) -> Tensor:
@@ -26,8 +30,23 @@ def attention(q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, *, spans: Sequence[tu
     Precision: scores and softmax as torch's scaled_dot_product_attention keeps them (float32 inside).
     Paper: Vaswani et al., 2017, arXiv 1706.03762, section 3.2.1; grouped heads: Ainslie et al., 2023, arXiv 2305.13245.
     """
+    if q_THK.is_cuda and len(spans) > 1:
+        return attention_side_by_side(q_THK, k_TJK, v_TJK, starts=(0, *(stop for _, stop in spans)))
     outputs = [attend(q_THK[i:j], k_TJK[i:j], v_TJK[i:j]) for i, j in spans]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def attention_side_by_side(q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, *, starts: tuple[int, ...]) -> Tensor:
+    """Return `attention` of the same arguments, all spans in one call, each filled up to the longest, as GPUs want it.
+
+    starts: the first token of each span, and the end of the last. What fills a span up comes after it, where no token
+    of it looks.
+    """
+    sequences = whole(starts, q_THK.device)
+    q_BHLK, k_BJLK, v_BJLK = (sequences.spread(heads).transpose(1, 2) for heads in (q_THK, k_TJK, v_TJK))
+    with sdpa_kernel(KERNELS_OF_ANY_SHAPE):
+        mixed_BHLK = scaled_dot_product_attention(q_BHLK, k_BJLK, v_BJLK, is_causal=True, enable_gqa=True)
+    return sequences.gather(mixed_BHLK.transpose(1, 2))
 
 
 def attention_anew(
@@ -209,7 +228,7 @@ def attend(q_LHK: Tensor, k_MJK: Tensor, v_MJK: Tensor) -> Tensor:
 def _attend_last(q_1HK: Tensor, k_JMK: Tensor, v_JMK: Tensor) -> Tensor:
     """Return attention of one token over all; a key head's query heads take the place of tokens: keys are read once."""
     q_JQK = q_1HK.view(len(k_JMK), -1, q_1HK.shape[-1])
-    return scaled_dot_product_attention(q_JQK[None], k_JMK[None], v_JMK[None]).view(q_1HK.shape)
+    return scaled_dot_product_attention(q_JQK[None], k_JMK[None], v_JMK[None]).reshape(q_1HK.shape)
 
 
 def _attend_apart(q_1HK: Tensor, k_JMK: Tensor, v_JMK: Tensor) -> Tensor:

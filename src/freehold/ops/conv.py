@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import silu
 
 
@@ -20,6 +21,21 @@ def causal_conv(x_LC: Tensor, tail_YC: Tensor, weight_CW: Tensor, bias_C: Tensor
     for tap in range(num_taps):
         out_LC = torch.addcmul(out_LC, rows_LC[tap : tap + length].float(), weight_CW[:, tap].float())
     return silu(out_LC).to(x_LC.dtype), rows_LC[length:]
+
+
+def causal_conv_anew(x_TC: Tensor, weight_CW: Tensor, bias_C: Tensor, positions_T: Tensor) -> Tensor:
+    """Return `causal_conv` of packed sequences that all begin anew, [T, C].
+
+    positions_T: of each token in its sequence.
+    """
+    num_taps = weight_CW.shape[1]
+    rows_TC = functional.pad(x_TC.float(), (0, 0, num_taps - 1, 0))
+    out_TC = bias_C.float().expand(len(x_TC), -1)
+    for tap in range(num_taps):
+        is_other_T = positions_T < num_taps - 1 - tap  # the row so far back is of the sequence before, or of none
+        own_TC = rows_TC[tap : tap + len(x_TC)].masked_fill(is_other_T[:, None], 0.0)
+        out_TC = torch.addcmul(out_TC, own_TC, weight_CW[:, tap].float())
+    return silu(out_TC).to(x_TC.dtype)
 
 
 def causal_conv_step(x_BC: Tensor, tail_BYC: Tensor, weight_CW: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor]:

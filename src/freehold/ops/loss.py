@@ -17,8 +17,9 @@ from freehold.ops.weight import Weight, dense
 # The label of a token whose successor counts for nothing; the one that torch ignores.
 IGNORED = -100
 
-# What the float32 logits of one chunk may take; several copies of them live at once.
-CHUNK_BYTES = 64 << 20
+# What the float32 logits of one chunk may take; several copies of them live at once. On a GPU each chunk costs one more
+# pass over the head's gradient, and memory is wide.
+CHUNK_BYTES, GPU_CHUNK_BYTES = 64 << 20, 512 << 20
 
 
 def linear_cross_entropy_reference(hidden_TD: Tensor, head: Weight, labels_T: Tensor) -> Tensor:
@@ -92,7 +93,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def chunks(hidden_SD: Tensor, labels_S: Tensor, head: Weight) -> list[tuple[Tensor, Tensor]]:
     """Return rows and their labels in portions whose logits may all exist at once; none where there are no rows."""
-    num_rows = max(1, CHUNK_BYTES // (4 * head.shape[0]))
+    chunk_bytes = GPU_CHUNK_BYTES if hidden_SD.is_cuda else CHUNK_BYTES
+    num_rows = max(1, chunk_bytes // (4 * head.shape[0]))
     return list(zip(hidden_SD.split(num_rows), labels_S.split(num_rows), strict=True)) if len(labels_S) else []
 
 

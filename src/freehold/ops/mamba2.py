@@ -6,16 +6,16 @@ norm.py; `mix_reference` puts them together.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from freehold.ops.conv import causal_conv
+from freehold.ops.conv import causal_conv_anew
 from freehold.ops.native import Batch, extension, is_native, kernels
 from freehold.ops.norm import gated_group_rms_norm
-from freehold.ops.ssm import scan, step_sizes
+from freehold.ops.pieces import whole
+from freehold.ops.ssm import scan_anew, step_sizes
 
 # What native/mamba2.h says of the sizes that kernels take.
 LANES = 16
@@ -68,24 +68,21 @@ def mix_reference(
     Paper: Dao and Gu, 2024, arXiv 2405.21060, section 7.
     """
     gate_TI, xbc_TC, dt_TH = projected.split(sizes.widths, dim=-1)
-    dt_TH = step_sizes(dt_TH, dt_bias_H, limit=sizes.step_limit)
+    whole_sequences = whole(tuple(starts), projected.device)
+    positions_T = whole_sequences.places_T % whole_sequences.length
     shared = sizes.num_groups * sizes.state_size
-    outputs = []
-    for start, stop in pairwise(starts):
-        tail_YC = xbc_TC.new_zeros(sizes.conv_kernel - 1, sizes.conv_width)
-        xbc_LC, _ = causal_conv(xbc_TC[start:stop], tail_YC, conv_weight_CW, conv_bias_C)
-        x_LI, b_LN, c_LN = xbc_LC.split((sizes.inner_width, shared, shared), dim=-1)
-        y_LHP, _ = scan(
-            x_LI.unflatten(-1, (sizes.num_heads, sizes.head_dim)),
-            dt_TH[start:stop],
-            -torch.exp(a_log_H.float()),
-            b_LN.unflatten(-1, (sizes.num_groups, sizes.state_size)),
-            c_LN.unflatten(-1, (sizes.num_groups, sizes.state_size)),
-            d_H,
-            dt_TH.new_zeros(sizes.num_heads, sizes.head_dim, sizes.state_size),
-        )
-        outputs.append(y_LHP.flatten(1))
-    y_TI = torch.cat(outputs)
+    xbc_TC = causal_conv_anew(xbc_TC, conv_weight_CW, conv_bias_C, positions_T)
+    x_TI, b_TN, c_TN = xbc_TC.split((sizes.inner_width, shared, shared), dim=-1)
+    y_THP = scan_anew(
+        x_TI.unflatten(-1, (sizes.num_heads, sizes.head_dim)),
+        step_sizes(dt_TH, dt_bias_H, limit=sizes.step_limit),
+        -torch.exp(a_log_H.float()),
+        b_TN.unflatten(-1, (sizes.num_groups, sizes.state_size)),
+        c_TN.unflatten(-1, (sizes.num_groups, sizes.state_size)),
+        d_H,
+        starts=starts,
+    )
+    y_TI = y_THP.flatten(1)
     return gated_group_rms_norm(y_TI, gate_TI, norm_weight_I, num_groups=sizes.num_groups, eps=sizes.norm_eps)
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import relu
+from torch.nn.functional import grouped_mm, relu
 
 from freehold.ops.linear import linear, write_product
 from freehold.ops.native import is_native, kernels
+from freehold.ops.pieces import whole
 from freehold.ops.weight import Weight, dense, matrix_at, matrix_of
 
 MAX_EXPERTS = 1024  # that kernels take, as native/mixers.h says
@@ -139,8 +140,12 @@ def router_scores(hidden_TD: Tensor, gate_ED: Tensor) -> Tensor:
 
 
 def count_chosen(experts_TX: Tensor, *, num_experts: int, spans: Sequence[tuple[int, int]]) -> Tensor:
-    """Return how often each expert was chosen in each span of tokens, int64 [B, E]."""
-    return torch.stack([experts_TX[start:stop].flatten().bincount(minlength=num_experts) for start, stop in spans])
+    """Return how often each expert was chosen in each span of tokens, int64 [B, E]; spans follow one another."""
+    lengths = torch.tensor([stop - start for start, stop in spans])
+    first_T = (num_experts * torch.arange(len(spans))).repeat_interleave(lengths).to(experts_TX.device)
+    chosen = (experts_TX + first_T[:, None]).flatten()
+    counts = torch.zeros(len(spans) * num_experts, dtype=torch.int64, device=chosen.device)
+    return counts.scatter_add_(0, chosen, torch.ones_like(chosen)).view(len(spans), num_experts)
 
 
 def balance_loss(scores_TE: Tensor, choices_BE: Tensor, *, spans: Sequence[tuple[int, int]]) -> Tensor:
@@ -155,7 +160,7 @@ def balance_loss(scores_TE: Tensor, choices_BE: Tensor, *, spans: Sequence[tuple
     Paper: DeepSeek-V3, section 2.1.2, equations 17 to 20.
     """
     shares_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
-    shares_BE = torch.stack([shares_TE[start:stop].sum(dim=0) for start, stop in spans])
+    shares_BE = whole((0, *(stop for _, stop in spans)), scores_TE.device).spread(shares_TE).sum(dim=1)
     chosen_BE = choices_BE / choices_BE.sum(dim=-1, keepdim=True)  # their sum is X L
     return (chosen_BE * shares_BE).sum() * scores_TE.shape[1]
 
@@ -190,6 +195,22 @@ def mix_experts_reference(input_TZ: Tensor, experts_TX: Tensor, weights_TX: Tens
     return (results_TXZ.float() * weights_TX[:, :, None]).sum(dim=1).to(input_TZ.dtype)
 
 
+def mix_experts_grouped(input_TZ: Tensor, experts_TX: Tensor, weights_TX: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Return `mix_experts_reference` of the same arguments, all experts in one product of torch, as GPUs want it.
+
+    How many tokens an expert has stays on the device: nothing waits for the host.
+    """
+    num_chosen, chosen = experts_TX.shape[1], experts_TX.flatten()
+    order_S = chosen.argsort(stable=True)
+    counts_E = torch.zeros(len(up), dtype=torch.int32, device=chosen.device)
+    counts_E.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.int32))
+    ends_E = counts_E.cumsum(0, dtype=torch.int32)
+    inner_SF = relu(grouped_mm(input_TZ[order_S // num_chosen], up.mT, offs=ends_E)).square()
+    results_SZ = grouped_mm(inner_SF, down.mT, offs=ends_E)
+    results_TXZ = torch.empty_like(results_SZ).index_copy(0, order_S, results_SZ).unflatten(0, experts_TX.shape)
+    return (results_TXZ.float() * weights_TX[:, :, None]).sum(dim=1).to(input_TZ.dtype)
+
+
 def mix_experts(input_TZ: Tensor, experts_TX: Tensor, weights_TX: Tensor, up: Weight, down: Weight) -> Tensor:
     """Return `mix_experts_reference` of the same arguments, by the native kernels where no adapter is in the way.
 
@@ -197,6 +218,8 @@ def mix_experts(input_TZ: Tensor, experts_TX: Tensor, weights_TX: Tensor, up: We
 
     Precision: float32 inside, and each gradient; they are rounded once, to the dtype of what they belong to.
     """
+    if input_TZ.is_cuda and isinstance(up, Tensor) and isinstance(down, Tensor):
+        return mix_experts_grouped(input_TZ, experts_TX, weights_TX, up, down)
     if kernels() is None or not input_TZ.is_cpu or matrix_of(up) is None or matrix_of(down) is None:
         return mix_experts_reference(input_TZ, experts_TX, weights_TX, up, down)
     mixed_TZ: Tensor = _Mix.apply(input_TZ.float(), experts_TX, weights_TX, up, down)  # type: ignore[no-untyped-call]

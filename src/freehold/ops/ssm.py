@@ -1,16 +1,20 @@
-"""The state-space recurrence of Mamba-2: token by token (the specification), in chunks, and one step.
+"""The state-space recurrence of Mamba-2: token by token (the specification), in chunks, packed, and one step.
 
     S_t = exp(dt_t * A) * S_(t-1) + dt_t * x_t ⊗ b_t          per head, S is [P, N]
     y_t = S_t c_t + D * x_t
 
 b and c are shared by the heads of a group: head h belongs to group h // (H / G).
-Precision of all three: float32 throughout; x, b and c may come in the model's dtype.
+Precision of all: float32 throughout; x, b and c may come in the model's dtype.
 Paper: Dao and Gu, 2024, arXiv 2405.21060, section 2 for the recurrence (A scalar per head), section 6 for the chunks.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
+
+from freehold.ops.pieces import Pieces, cut, whole
 
 CHUNK_LENGTH = 64  # tokens; a choice of speed, no result depends on it beyond rounding
 
@@ -59,9 +63,7 @@ def _scan_chunk(
     xdt_HSP = (x_LHP * dt_LH[:, :, None]).transpose(0, 1)
     log_decay_HL = (dt_LH * a_H).cumsum(dim=0).T
 
-    between_HLS = log_decay_HL[:, :, None] - log_decay_HL[:, None, :]  # decay from source s to output l, s <= l
-    future_LS = torch.ones_like(between_HLS[0], dtype=torch.bool).triu(1)
-    weights_HLS = (c_HLN @ b_HSN.mT) * between_HLS.masked_fill(future_LS, -torch.inf).exp()
+    weights_HLS = (c_HLN @ b_HSN.mT) * _decays(log_decay_HL, log_decay_HL)
     from_before_HLP = log_decay_HL.exp()[:, :, None] * (c_HLN @ state_HPN.mT)
     y_HLP = weights_HLS @ xdt_HSP + from_before_HLP
 
@@ -69,6 +71,60 @@ def _scan_chunk(
     added_HPN = (xdt_HSP * to_end_HS[:, :, None]).mT @ b_HSN
     state_HPN = log_decay_HL[:, -1].exp()[:, None, None] * state_HPN + added_HPN
     return y_HLP.transpose(0, 1), state_HPN
+
+
+def scan_anew(
+    x_THP: Tensor,
+    dt_TH: Tensor,
+    a_H: Tensor,
+    b_TGN: Tensor,
+    c_TGN: Tensor,
+    d_H: Tensor,
+    *,
+    starts: Sequence[int],
+) -> Tensor:
+    """Return y [T, H, P] of packed sequences that all begin anew: all chunks of all of them at once.
+
+    starts: the first token of each sequence, and the end of the last. C are the chunks, M the most of one sequence; the
+    states between them come of one more masked product, over chunks.
+    """
+    heads_per_group = len(a_H) // b_TGN.shape[1]
+    chunks = cut(tuple(starts), CHUNK_LENGTH, x_THP.device)
+    x_THP, dt_TH = x_THP.float(), dt_TH.float()
+    xdt_CHSP = chunks.spread(x_THP * dt_TH[:, :, None]).transpose(1, 2)
+    b_CHSN = _by_head(chunks.spread(b_TGN.float()), heads_per_group)
+    c_CHLN = _by_head(chunks.spread(c_TGN.float()), heads_per_group)
+    log_decay_CHL = chunks.spread(dt_TH * a_H).cumsum(dim=1).mT
+
+    inside_CHLS = (c_CHLN @ b_CHSN.mT) * _decays(log_decay_CHL, log_decay_CHL)
+    to_end_CHS = (log_decay_CHL[..., -1:] - log_decay_CHL).exp()
+    added_CHPN = (xdt_CHSP * to_end_CHS[..., None]).mT @ b_CHSN
+    before_CHPN = _states_before(added_CHPN, log_decay_CHL[..., -1], chunks)
+    y_CHLP = inside_CHLS @ xdt_CHSP + log_decay_CHL.exp()[..., None] * (c_CHLN @ before_CHPN.mT)
+    return chunks.gather(y_CHLP.transpose(1, 2)) + d_H[:, None] * x_THP
+
+
+def _states_before(added_CHPN: Tensor, log_decay_CH: Tensor, chunks: Pieces) -> Tensor:
+    """Return the state before each chunk, of what each adds and the decay over each."""
+    sequences = whole(chunks.starts, added_CHPN.device)
+    if sequences.length == 1:
+        return torch.zeros_like(added_CHPN)
+    through_BHM = sequences.spread(log_decay_CH).cumsum(dim=1).mT
+    before_BHM = through_BHM.roll(1, dims=-1)  # of the first nothing is read: no chunk lies before it
+    weights_BHMM = _decays(before_BHM, through_BHM, diagonal=0)
+    added_BHMX = sequences.spread(added_CHPN.flatten(2)).transpose(1, 2)
+    return sequences.gather((weights_BHMM @ added_BHMX).transpose(1, 2)).view_as(added_CHPN)
+
+
+def _decays(to: Tensor, since: Tensor, *, diagonal: int = 1) -> Tensor:
+    """Return exp(to[l] - since[s]) as [..., L, S], zero from the diagonal that is named on."""
+    between = to[..., :, None] - since[..., None, :]
+    future = torch.ones(between.shape[-2:], dtype=torch.bool, device=between.device).triu(diagonal)
+    return between.masked_fill(future, -torch.inf).exp()
+
+
+def _by_head(shared_CLGN: Tensor, heads_per_group: int) -> Tensor:
+    return shared_CLGN.transpose(1, 2).repeat_interleave(heads_per_group, dim=1)
 
 
 def scan_step(

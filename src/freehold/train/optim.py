@@ -134,7 +134,7 @@ class Optimizer:
             if key == "master" and owner in self._masters:
                 self._masters[owner].copy_(value)
             elif owner in parts:
-                moved_by[id(parts[owner])].state[parts[owner]][key] = value.clone()
+                moved_by[id(parts[owner])].state[parts[owner]][key] = value.to(parts[owner].device, copy=True)
             else:
                 raise CheckpointMismatch(f"`{name}` belongs to no parameter that is trained")
 
