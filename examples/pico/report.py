@@ -3,21 +3,16 @@
 Every figure is measured here or read from the runs' own metrics.
 """
 
-import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from conversations import text_row
-
 import freehold
 from freehold.engine.model import Model
 from freehold.engine.plan import count_parts
-from freehold.evaluate.perplexity import nats_per_token
 from freehold.recipes.metrics import read_metrics
 
-NUM_HELD_OUT = 100
 PROMPTS = (
     *("Hello!", "Who are you?", "What can you do?", "Tell me a story.", "Tell me a story about a fox and a lamp."),
     *("Write a short story about a shy dragon named Ben.", "Tell me a story about sharing with others."),
@@ -44,18 +39,10 @@ def figures(folder: Path, model: Model) -> Iterator[tuple[str, str]]:
         yield f"{run}: minutes of steps", f"{sum(line['seconds'] for line in lines) / 60:.1f}"
         yield f"{run}: loss of the first and of the last 20 steps", f"{_mean(lines[:20]):.3f}, {_mean(lines[-20:]):.3f}"
         yield f"{run}: held-out loss at the end", f"{lines[-1]['held_out_loss']:.4f}"
-    tokens = [id for number in range(-NUM_HELD_OUT, 0) for id in _document(model, text_row(number)["text"])]
-    nats = nats_per_token(model.decoder, tokens)
-    yield f"held-out stories, {len(tokens):,} tokens: nats per token, perplexity", f"{nats:.4f}, {math.exp(nats):.2f}"
 
 
 def _mean(lines: list[Mapping[str, Any]]) -> float:
     return sum(line["loss"] for line in lines) / len(lines)
-
-
-def _document(model: Model, text: str) -> list[int]:
-    assert model.tokenizer.eos_id is not None, "a text ends with it"
-    return [*model.tokenizer.encode_plain(text), model.tokenizer.eos_id]
 
 
 def samples(model: Model) -> Iterator[str]:
