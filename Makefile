@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-MODEL := smollm2-135m-instruct
+MODEL := freehold-pico
 PYTEST_ARGS ?= -n 2 --dist worksteal
 BUILT_FROM := pyproject.toml requirements.lock CMakeLists.txt $(wildcard native/*)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c requirements.lock
@@ -18,7 +18,7 @@ endif
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed
-	$(BIN)/freehold fetch $(MODEL)
+	$(if $(filter-out freehold-pico,$(MODEL)),$(BIN)/freehold fetch $(MODEL))
 	$(BIN)/freehold serve $(MODEL)
 
 test: $(VENV)/.installed-for-tests

@@ -19,9 +19,9 @@ ModelName = Annotated[
         show_default=False,
     ),
 ]
-DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_MODEL = "freehold-pico"
 ModelOrDefault = Annotated[
-    str, typer.Argument(metavar="MODEL", help="As elsewhere; without it, the small model that `make run` fetches.")
+    str, typer.Argument(metavar="MODEL", help="As elsewhere; without it freehold-pico, which came with Freehold.")
 ]
 MaxTokens = Annotated[
     int | None,
