@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from freehold.ops.native import forms, kernels, native_report
-from freehold.ops.norm import NormOrder, gated_group_rms_norm, rms_norm, rms_norm_reference
+from freehold.ops.norm import NormOrder, gated_group_rms_norm, rms_norm, rms_norm_fused, rms_norm_reference
 from models.forms import FORMS, needs_kernels, needs_two_forms, running, same_bits
 
 EPS = 1e-5
@@ -55,6 +55,18 @@ def test_the_two_orders_differ_by_a_rounding_in_bfloat16():
     first, second = (rms_norm_reference(hidden_TD, weight_D, eps=EPS, order=order) for order in ORDERS)
     assert not torch.equal(first, second)
     torch.testing.assert_close(first, second, rtol=BFLOAT16_RTOL, atol=0.0)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_norm_of_torch_is_the_reference_with_its_gradients(dtype, order):
+    leaves = [torch.randn(5, 64).to(dtype).requires_grad_(True), torch.randn(64).to(dtype).requires_grad_(True)]
+    found, expected = (norm(*leaves, eps=EPS, order=order) for norm in (rms_norm_fused, rms_norm_reference))
+    rtol = FLOAT32_RTOL if dtype is torch.float32 else BFLOAT16_RTOL
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=0.0)
+    weight_TD = torch.randn_like(found)
+    gradients = [torch.autograd.grad((out * weight_TD).float().sum(), leaves) for out in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=10 * rtol, atol=10 * rtol)
 
 
 @needs_kernels

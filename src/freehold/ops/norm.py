@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import rms_norm as rms_norm_of_torch
 from torch.nn.functional import silu
 
 from freehold.ops.gradient import wants_gradient
@@ -33,17 +34,26 @@ def rms_norm_reference(hidden_TD: Tensor, weight_D: Tensor, *, eps: float, order
 
 
 def rms_norm(hidden_TD: Tensor, weight_D: Tensor, *, eps: float, order: NormOrder) -> Tensor:
-    """Return `rms_norm_reference` of the same arguments, by the native kernel where it applies.
+    """Return `rms_norm_reference` of the same arguments, by the native kernel where it applies, by torch's on a GPU.
 
     The kernel takes contiguous float32 and bfloat16 on the CPU. Its rows have a fixed order of summation: the bits of a
     row depend on nothing else. In the gradient the roundings count for nothing.
     """
+    if hidden_TD.is_cuda and hidden_TD.dtype is weight_D.dtype:
+        return rms_norm_fused(hidden_TD, weight_D, eps=eps, order=order)
     if kernels() is None or not is_native(hidden_TD) or not is_native(weight_D):
         return rms_norm_reference(hidden_TD, weight_D, eps=eps, order=order)
     if wants_gradient(hidden_TD, weight_D):
         out_TD: Tensor = _RmsNorm.apply(hidden_TD, weight_D, eps, order)  # type: ignore[no-untyped-call]
         return out_TD
     return _rms_norm_native(hidden_TD, weight_D, eps=eps, order=order)
+
+
+def rms_norm_fused(hidden_TD: Tensor, weight_D: Tensor, *, eps: float, order: NormOrder) -> Tensor:
+    """Return `rms_norm_reference` of the same arguments by torch's own kernel: on a GPU one pass over memory."""
+    if order == "multiply_then_cast":
+        return rms_norm_of_torch(hidden_TD, weight_D.shape, weight_D, eps)
+    return rms_norm_of_torch(hidden_TD, weight_D.shape, None, eps) * weight_D
 
 
 def _rms_norm_native(hidden_TD: Tensor, weight_D: Tensor, *, eps: float, order: NormOrder) -> Tensor:

@@ -28,12 +28,20 @@ class Pieces:
     def spread(self, values_T: Tensor) -> Tensor:
         """Return the pieces [C, L, ...] of tokens [T, ...]; zeros where there is no token."""
         num_pieces = self.starts[-1]
+        if self.is_full:
+            return values_T.unflatten(0, (num_pieces, self.length))
         places = values_T.new_zeros(num_pieces * self.length, *values_T.shape[1:])
         return places.index_copy(0, self.places_T, values_T).unflatten(0, (num_pieces, self.length))
 
     def gather(self, values_CL: Tensor) -> Tensor:
         """Return the tokens [T, ...] of pieces [C, L, ...]."""
-        return values_CL.flatten(0, 1)[self.places_T]
+        tokens = values_CL.flatten(0, 1)
+        return tokens if self.is_full else tokens[self.places_T]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every place has a token, which are then in order as they are."""
+        return self.starts[-1] * self.length == len(self.places_T)
 
 
 @lru_cache(maxsize=8)

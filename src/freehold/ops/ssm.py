@@ -88,32 +88,39 @@ def scan_anew(
     starts: the first token of each sequence, and the end of the last. C are the chunks, M the most of one sequence; the
     states between them come of one more masked product, over chunks.
     """
-    heads_per_group = len(a_H) // b_TGN.shape[1]
+    num_heads, num_groups = len(a_H), b_TGN.shape[1]
     chunks = cut(tuple(starts), CHUNK_LENGTH, x_THP.device)
     x_THP, dt_TH = x_THP.float(), dt_TH.float()
-    xdt_CHSP = chunks.spread(x_THP * dt_TH[:, :, None]).transpose(1, 2)
-    b_CHSN = _by_head(chunks.spread(b_TGN.float()), heads_per_group)
-    c_CHLN = _by_head(chunks.spread(c_TGN.float()), heads_per_group)
-    log_decay_CHL = chunks.spread(dt_TH * a_H).cumsum(dim=1).mT
+    xdt_CSHP = chunks.spread(x_THP * dt_TH[:, :, None])
+    b_CGSN, c_CGLN = (chunks.spread(shared_TGN.float()).transpose(1, 2) for shared_TGN in (b_TGN, c_TGN))
+    log_decay_CLH = chunks.spread(dt_TH * a_H).cumsum(dim=1)
+    log_decay_CHL = log_decay_CLH.mT
 
-    inside_CHLS = (c_CHLN @ b_CHSN.mT) * _decays(log_decay_CHL, log_decay_CHL)
-    to_end_CHS = (log_decay_CHL[..., -1:] - log_decay_CHL).exp()
-    added_CHPN = (xdt_CHSP * to_end_CHS[..., None]).mT @ b_CHSN
-    before_CHPN = _states_before(added_CHPN, log_decay_CHL[..., -1], chunks)
-    y_CHLP = inside_CHLS @ xdt_CHSP + log_decay_CHL.exp()[..., None] * (c_CHLN @ before_CHPN.mT)
-    return chunks.gather(y_CHLP.transpose(1, 2)) + d_H[:, None] * x_THP
+    similar_CHLS = (c_CGLN @ b_CGSN.mT).repeat_interleave(num_heads // num_groups, dim=1)
+    inside_CHLS = similar_CHLS * _decays(log_decay_CHL, log_decay_CHL)
+    y_CLHP = (inside_CHLS @ xdt_CSHP.transpose(1, 2)).transpose(1, 2)
+
+    # What all heads of a group share is multiplied once, with the values of these heads side by side: X.
+    to_end_CSH = (log_decay_CLH[:, -1:] - log_decay_CLH).exp()
+    sources_CGSX = (xdt_CSHP * to_end_CSH[..., None]).unflatten(2, (num_groups, -1)).flatten(3).transpose(1, 2)
+    added_CGXN = sources_CGSX.mT @ b_CGSN
+    before_CGXN = _states_before(added_CGXN, log_decay_CLH[:, -1], chunks)
+    from_before_CGLX = c_CGLN @ before_CGXN.mT
+    from_before_CLHP = from_before_CGLX.transpose(1, 2).flatten(2).unflatten(2, (num_heads, -1))
+    y_CLHP = y_CLHP + log_decay_CLH.exp()[..., None] * from_before_CLHP
+    return chunks.gather(y_CLHP) + d_H[:, None] * x_THP
 
 
-def _states_before(added_CHPN: Tensor, log_decay_CH: Tensor, chunks: Pieces) -> Tensor:
+def _states_before(added_CGXN: Tensor, log_decay_CH: Tensor, chunks: Pieces) -> Tensor:
     """Return the state before each chunk, of what each adds and the decay over each."""
-    sequences = whole(chunks.starts, added_CHPN.device)
+    sequences = whole(chunks.starts, added_CGXN.device)
     if sequences.length == 1:
-        return torch.zeros_like(added_CHPN)
+        return torch.zeros_like(added_CGXN)
     through_BHM = sequences.spread(log_decay_CH).cumsum(dim=1).mT
     before_BHM = through_BHM.roll(1, dims=-1)  # of the first nothing is read: no chunk lies before it
     weights_BHMM = _decays(before_BHM, through_BHM, diagonal=0)
-    added_BHMX = sequences.spread(added_CHPN.flatten(2)).transpose(1, 2)
-    return sequences.gather((weights_BHMM @ added_BHMX).transpose(1, 2)).view_as(added_CHPN)
+    added_BHMY = sequences.spread(added_CGXN.flatten(1).unflatten(1, (log_decay_CH.shape[1], -1))).transpose(1, 2)
+    return sequences.gather((weights_BHMM @ added_BHMY).transpose(1, 2)).reshape(added_CGXN.shape)
 
 
 def _decays(to: Tensor, since: Tensor, *, diagonal: int = 1) -> Tensor:
@@ -121,10 +128,6 @@ def _decays(to: Tensor, since: Tensor, *, diagonal: int = 1) -> Tensor:
     between = to[..., :, None] - since[..., None, :]
     future = torch.ones(between.shape[-2:], dtype=torch.bool, device=between.device).triu(diagonal)
     return between.masked_fill(future, -torch.inf).exp()
-
-
-def _by_head(shared_CLGN: Tensor, heads_per_group: int) -> Tensor:
-    return shared_CLGN.transpose(1, 2).repeat_interleave(heads_per_group, dim=1)
 
 
 def scan_step(
