@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,8 +175,14 @@ def resume_run(folder: Path, run: Run) -> tuple[str, ...]:
 
 
 def _weights(run: Run) -> dict[str, Tensor]:
+    """Return the weights that steps move; where the model is divided the whole of each, in the first process alone."""
     moved = _moved(run.decoder).items()
-    return {name: run.divided.whole(name, parameter.detach().contiguous()) for name, parameter in moved}
+    return _held(run, ((name, run.divided.whole(name, p.detach().contiguous())) for name, p in moved))
+
+
+def _held(run: Run, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return what this process writes of tensors that all of them make together, one after the other."""
+    return {name: tensor for name, tensor in named if run.saver or run.processes.is_first}
 
 
 def _moved(decoder: Decoder) -> dict[str, Tensor]:
@@ -195,10 +201,8 @@ def _state(run: Run) -> dict[str, Tensor]:
         tensor = like(tensor.contiguous(), parameters.get(owner, tensor))
         return run.divided.whole(owner, tensor) if tensor.ndim else tensor  # without axes: a count of steps
 
-    state = {
-        f"{OF_OPTIMIZER}{name}": stored(name.rpartition("/")[0], tensor)
-        for name, tensor in run.optimizer.tensors().items()
-    }
+    tensors = run.optimizer.tensors().items()
+    state = _held(run, ((f"{OF_OPTIMIZER}{name}", stored(name.rpartition("/")[0], tensor)) for name, tensor in tensors))
     return state | {f"{OF_RANDOM}{device}": numbers for device, numbers in _random_numbers(run.decoder)}
 
 
