@@ -14,12 +14,13 @@ NativeMode = Literal["auto", "avx512vnni", "avx512", "avx2", "portable", "off"]
 class Launch:
     """Which of several processes that were started together this one is: by torchrun, or whatever sets what it sets.
 
-    rank: among all. count: of them. local_rank: among those of this machine.
+    rank: among all. count: of them. local_rank: among those of this machine. num_here: of those.
     """
 
     rank: int
     count: int
     local_rank: int
+    num_here: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,8 @@ class Settings:
     native: which form of the native kernels runs: the best for this machine, one by name, or none, which leaves the
         torch references (FREEHOLD_NATIVE). A form that this machine does not run is none.
     database_url: where API keys and their usage are kept (FREEHOLD_DATABASE); without it, a file of this user.
-    launch: this process among others (RANK, WORLD_SIZE, LOCAL_RANK, as torchrun sets them); None where it is alone.
+    launch: this process among others (RANK, WORLD_SIZE, LOCAL_RANK and
+        LOCAL_WORLD_SIZE, as torchrun sets them); None where it is alone.
     """
 
     models_dir: Path = field(default_factory=lambda: _models_dir())
@@ -71,7 +73,7 @@ def _database_url() -> str:
 
 
 def _launch() -> Launch | None:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     given = [os.environ.get(name) for name in names]
     if given[0] is None or given[1] is None:
         return None
@@ -79,5 +81,5 @@ def _launch() -> Launch | None:
         raise BadInput(
             f"{', '.join(names)} are {', '.join(map(repr, given))}, wanted numbers", hint="torchrun sets them"
         )
-    rank, count, local_rank = (int(value or 0) for value in given)
-    return Launch(rank=rank, count=count, local_rank=local_rank)
+    rank, count, local_rank, num_here = (int(value or 0) for value in given)
+    return Launch(rank=rank, count=count, local_rank=local_rank, num_here=max(1, num_here))

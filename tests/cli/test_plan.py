@@ -30,6 +30,19 @@ def test_a_plan_says_each_line_and_begins_nothing(tmp_path):
     assert "masters" in {line["name"] for line in json.loads(changed.out)["lines"]}
 
 
+def test_a_plan_of_several_processes_says_that_it_is_of_one_of_them(tmp_path):
+    file = write_run(tmp_path, MTP)
+    sharded = ("plan", "pretrain", file, "--set", "parallel.weights=shard")
+    ended = call(*sharded, "--processes", "4")
+    assert ended.code == 0, ended
+    for line in ("one of 4 processes", "all 4 on one machine take", "gathered", "save"):
+        assert line in ended.out
+    told = json.loads(call(*sharded, "--json").out)
+    assert told["processes"] == 2
+    assert json.loads(call("plan", "pretrain", file, "--json").out)["processes"] == 1
+    assert_refused(call("plan", "pretrain", file, "--set", "parallel.tensor=2", "--processes", "3"), "BadInput")
+
+
 def test_what_cannot_fit_is_refused_after_its_lines(tmp_path):
     ended = call("plan", "pretrain", write_run(tmp_path, HUGE), "--json")
     told = json.loads(ended.out)

@@ -147,4 +147,4 @@ def test_a_launch_that_is_no_number_is_refused(settings, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     ended = call("train", "pretrain", write_run(settings))
     assert ended.code == 2
-    assert "RANK, WORLD_SIZE, LOCAL_RANK are 'first', '2', None, wanted numbers" in ended.err
+    assert "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE are 'first', '2', None, None, wanted numbers" in ended.err

@@ -19,18 +19,29 @@ def plan(
     recipe: RecipeName,
     file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The file of the run.", show_default=False)],
     changes: Set = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="How many processes share the run; unset, as few as its [parallel] table can do with.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Say what a run of `freehold train` would take of memory, and refuse what cannot fit.
 
     Only headers are read and nothing is written: each line is a kind of memory, what it takes at the run's peak, and
-    why. A run that does not fit into what is free ends with exit code 2; `train` refuses it, too.
+    why. Where several processes share a run the lines are those of one: its part of the weights, and what it has of
+    others. A run that does not fit into what is free ends with exit code 2; `train` refuses it, too.
 
     Examples:
 
     \b
       freehold plan sft run.toml
       freehold plan lora run.toml --set data.budget_tokens=4096 --json
+      freehold plan sft run.toml --set parallel.weights=shard --processes 4
     """
     with waiting("Starting"):
         from freehold.engine.machine import memory_of
@@ -38,7 +49,7 @@ def plan(
         from freehold.recipes.plan import check_memory
         from freehold.recipes.recipe import RECIPES
     settings = read_run(RECIPES[recipe], file, changes)
-    planned = RECIPES[recipe].plan(settings)
+    planned = RECIPES[recipe].plan(settings, processes)
     free_bytes = memory_of(parse_device(settings.device)).available_bytes
     if as_json:
         show_json(_plain(planned, free_bytes))
@@ -49,10 +60,18 @@ def plan(
 
 def _plain(planned: "RunPlan", free_bytes: int) -> dict[str, object]:
     lines = [{"name": line.name, "bytes": line.num_bytes, "why": line.why} for line in planned.lines]
-    return {"lines": lines, "total_bytes": planned.total_bytes, "free_bytes": free_bytes}
+    return {
+        "lines": lines,
+        "processes": planned.num_processes,
+        "total_bytes": planned.total_bytes,
+        "free_bytes": free_bytes,
+    }
 
 
 def _show(planned: "RunPlan", free_bytes: int) -> None:
     rows = [(bytes_text(line.num_bytes), line.name, line.why) for line in planned.lines]
-    show_table([*rows, (bytes_text(planned.total_bytes), "at its peak", "")])
-    show_line(f"{bytes_text(free_bytes)} are free")
+    count = planned.num_processes
+    whose = "at its peak" if count == 1 else f"at its peak: one of {count} processes"
+    show_table([*rows, (bytes_text(planned.total_bytes), whose, "")])
+    together = "" if count == 1 else f"; all {count} on one machine take {bytes_text(count * planned.total_bytes)}"
+    show_line(f"{bytes_text(free_bytes)} are free{together}")

@@ -22,6 +22,7 @@ Belongs here: groups of processes, and how they end together. Not here: what is 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Literal
 
 import torch
@@ -69,10 +70,14 @@ DATA_ALONE = Sizes()
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Processes:
-    """The processes of a run, and which of them this one is. mesh: None where there is one alone."""
+    """The processes of a run, and which of them this one is.
+
+    num_here: how many are on this machine. mesh: None where there is one alone.
+    """
 
     rank: int = 0
     count: int = 1
+    num_here: int = 1
     mesh: DeviceMesh | None = None
     _groups: dict[tuple[Dimension, ...], dist.ProcessGroup] = field(default_factory=dict)
 
@@ -131,6 +136,22 @@ class Processes:
 ALONE = Processes()
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Imagined(Processes):
+    """Processes that nobody has started, as the first of them would see the others: enough to divide a model by.
+
+    shape: the sizes of DIMENSIONS.
+    """
+
+    shape: tuple[int, ...]
+
+    def size(self, *dimensions: Dimension) -> int:
+        return prod(self.shape[DIMENSIONS.index(dimension)] for dimension in dimensions)
+
+    def group(self, *dimensions: Dimension) -> dist.ProcessGroup:
+        return dist.ProcessGroup(0, self.size(*dimensions))  # type: ignore[call-arg]  # without a store: it speaks to nobody
+
+
 @contextmanager
 def joined(launch: Launch | None, sizes: Sizes = DATA_ALONE, *, device_type: str = "cpu") -> Iterator[Processes]:
     """Yield this process among those that were launched with it; ALONE where none was.
@@ -149,7 +170,7 @@ def joined(launch: Launch | None, sizes: Sizes = DATA_ALONE, *, device_type: str
     dist.init_process_group(BACKENDS[device_type], store=store, rank=rank, world_size=count)
     try:
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=DIMENSIONS)
-        yield Processes(rank=rank, count=count, mesh=mesh)
+        yield Processes(rank=rank, count=count, num_here=launch.num_here, mesh=mesh)
     except Exception as error:
         raise _to_end_with(error, store) from None
     dist.destroy_process_group()  # after a failure the system does it: others may be where they cannot answer

@@ -11,13 +11,13 @@ from freehold.checkpoint.dtypes import parse_dtype
 from freehold.checkpoint.fetch import find
 from freehold.checkpoint.load import Described, load_decoder, open_described
 from freehold.checkpoint.text_side import TextSide, load_text_side
-from freehold.engine.machine import memory_of
 from freehold.engine.model import parse_device
 from freehold.errors import BadInput
 from freehold.models.decoder import Decoder
+from freehold.parallel.processes import Processes
 from freehold.recipes.data import Note, Streams, open_streams
 from freehold.recipes.loop import begin_folder, use_threads
-from freehold.recipes.plan import RunPlan, check_memory
+from freehold.recipes.plan import RunPlan, check_run
 from freehold.recipes.settings import TrainSettings
 from freehold.recipes.toml import Key
 from freehold.settings import Settings
@@ -61,7 +61,12 @@ def describe_model(settings: FineTuneSettings) -> Described:
 
 
 def begin(
-    settings: Chosen, plan: Callable[[Described, Chosen], RunPlan], *, keep_packed: bool = False, note: Note
+    settings: Chosen,
+    plan: Callable[[Described, Chosen, int], RunPlan],
+    *,
+    processes: Processes,
+    keep_packed: bool = False,
+    note: Note,
 ) -> Beginning:
     """Return the loaded checkpoint of a run that can begin; quantized weights become tensors, or are kept packed.
 
@@ -78,7 +83,7 @@ def begin(
         streams = open_streams(
             settings.data, tokenizer=text.tokenizer, template=text.template, seed=settings.seed, note=note
         )
-        check_memory(plan(described, settings), memory_of(device).available_bytes)
+        check_run(plan(described, settings, processes.count), device, processes)
         use_threads(settings)
         decoder, _ = load_decoder(
             source, described, dtype=parse_dtype(settings.dtype), device=device, keep_packed=keep_packed

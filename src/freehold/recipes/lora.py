@@ -49,9 +49,9 @@ class LoraRunSettings(FineTuneSettings):
             )
 
 
-def plan(settings: LoraRunSettings) -> RunPlan:
-    """Return what a run takes, from headers alone."""
-    return _plan(describe_model(settings), settings)
+def plan(settings: LoraRunSettings, num_processes: int | None = None) -> RunPlan:
+    """Return what one process of a run takes, from headers alone. num_processes: see `run_plan`."""
+    return _plan(describe_model(settings), settings, num_processes)
 
 
 def run(settings: LoraRunSettings, watch: Watch = NOBODY, processes: Processes = ALONE) -> Outcome:
@@ -60,7 +60,7 @@ def run(settings: LoraRunSettings, watch: Watch = NOBODY, processes: Processes =
     Mutates: the run's folder, torch's number of threads.
     Raises: BadInput, before the first step where it can be known; Diverged.
     """
-    start = begin(settings, _plan, keep_packed=_keeps_packed(settings), note=watch.note)
+    start = begin(settings, _plan, processes=processes, keep_packed=_keeps_packed(settings), note=watch.note)
     wrap(start.decoder, settings.lora, seed=settings.seed)
     began_with = {"recipe": "lora", **start.digests}
     outcome = train(start.decoder, settings, start.streams, recipe=began_with, watch=watch, processes=processes)
@@ -73,10 +73,10 @@ def _keeps_packed(settings: LoraRunSettings) -> bool:
     return settings.device == "cpu" and kernels() is not None
 
 
-def _plan(described: Described, settings: LoraRunSettings) -> RunPlan:
+def _plan(described: Described, settings: LoraRunSettings, num_processes: int | None = None) -> RunPlan:
     decoder = build_decoder(described.spec, dtype=parse_dtype(settings.dtype))
     sizes = {name: parameter.nbytes for name, parameter in decoder.named_parameters()}
     if _keeps_packed(settings):
         sizes |= {m.name: packed_size(m) for m in described.matches.matches if is_packable(m)}
     wrap(decoder, settings.lora, seed=settings.seed)
-    return run_plan(decoder, settings, base_bytes=sum(sizes.values()))
+    return run_plan(decoder, settings, base_bytes=sum(sizes.values()), num_processes=num_processes)

@@ -9,7 +9,6 @@ from freehold.checkpoint.dtypes import parse_dtype
 from freehold.checkpoint.safetensors import parse_json_object
 from freehold.checkpoint.save import save_checkpoint
 from freehold.checkpoint.text_side import TextSide, text_side_of_folder
-from freehold.engine.machine import memory_of
 from freehold.engine.model import parse_device
 from freehold.errors import BadInput
 from freehold.models.decoder import build_decoder
@@ -18,7 +17,7 @@ from freehold.models.init import InitSettings, initialize
 from freehold.parallel.processes import ALONE, Processes
 from freehold.recipes.data import open_streams
 from freehold.recipes.loop import MODEL, NOBODY, Outcome, Watch, begin_folder, train, trained_decoder, use_threads
-from freehold.recipes.plan import RunPlan, check_memory, plan_of
+from freehold.recipes.plan import RunPlan, check_run, plan_of
 from freehold.recipes.settings import SCHEDULE_KEY, DataSettings, TrainSettings
 from freehold.recipes.toml import Key
 from freehold.train.optim import OptimizerSettings, train_all
@@ -84,10 +83,10 @@ def presets() -> dict[str, PretrainSettings]:
     }
 
 
-def plan(settings: PretrainSettings) -> RunPlan:
-    """Return what a run takes."""
+def plan(settings: PretrainSettings, num_processes: int | None = None) -> RunPlan:
+    """Return what one process of a run takes. num_processes: see `run_plan`."""
     _, config = _described(settings)
-    return plan_of(family_of_config(config).read_config(config), settings)
+    return plan_of(family_of_config(config).read_config(config), settings, num_processes)
 
 
 def run(settings: PretrainSettings, watch: Watch = NOBODY, processes: Processes = ALONE) -> Outcome:
@@ -105,7 +104,7 @@ def run(settings: PretrainSettings, watch: Watch = NOBODY, processes: Processes 
     streams = open_streams(
         settings.data, tokenizer=text.tokenizer, template=text.template, seed=settings.seed, note=watch.note
     )
-    check_memory(plan_of(spec, settings), memory_of(device).available_bytes)
+    check_run(plan_of(spec, settings, processes.count), device, processes)
     use_threads(settings)
     decoder = build_decoder(spec, dtype=parse_dtype(settings.dtype)).to_empty(device=device)
     decoder.tie_embeddings()

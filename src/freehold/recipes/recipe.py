@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from freehold.parallel.processes import Processes
 from freehold.recipes import lora, pretrain, sft
@@ -11,6 +11,13 @@ from freehold.recipes.plan import RunPlan
 from freehold.recipes.settings import TrainSettings
 
 Told = TypeVar("Told", bound=TrainSettings)
+Planned = TypeVar("Planned", bound=TrainSettings, contravariant=True)
+
+
+class Planning(Protocol[Planned]):
+    """Says what one process of a run takes, of the least number of them that can share it if none is named."""
+
+    def __call__(self, settings: Planned, num_processes: int | None = None) -> RunPlan: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +25,7 @@ class Recipe(Generic[Told]):
     """A whole training. presets: returns settings that were published, by name."""
 
     settings: type[Told]
-    plan: Callable[[Told], RunPlan]
+    plan: Planning[Told]
     run: Callable[[Told, Watch, Processes], Outcome]
     presets: Callable[[], Mapping[str, Told]] = dict
 

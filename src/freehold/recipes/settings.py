@@ -91,6 +91,11 @@ class ParallelSettings:
         """How many processes there are along each dimension but data, which has the rest."""
         return Sizes(expert=self.expert, context=self.context, tensor=self.tensor)
 
+    @property
+    def least_processes(self) -> int:
+        """How few processes a run can do with: weights are not sharded before there are two parts of them."""
+        return self.expert * self.context * self.tensor * (2 * self.copies if self.weights == "shard" else 1)
+
     def __post_init__(self) -> None:
         """Refuse what does not fit together. Raises: BadInput."""
         if self.weights == "shard" and max(self.tensor, self.expert) > 1:

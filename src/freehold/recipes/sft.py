@@ -16,9 +16,9 @@ class SftSettings(FineTuneSettings):
     """What fine-tuning every weight may be told."""
 
 
-def plan(settings: SftSettings) -> RunPlan:
-    """Return what a run takes, from headers alone."""
-    return _plan(describe_model(settings), settings)
+def plan(settings: SftSettings, num_processes: int | None = None) -> RunPlan:
+    """Return what one process of a run takes, from headers alone. num_processes: see `run_plan`."""
+    return _plan(describe_model(settings), settings, num_processes)
 
 
 def run(settings: SftSettings, watch: Watch = NOBODY, processes: Processes = ALONE) -> Outcome:
@@ -27,7 +27,7 @@ def run(settings: SftSettings, watch: Watch = NOBODY, processes: Processes = ALO
     Mutates: the run's folder, torch's number of threads.
     Raises: BadInput, before the first step where it can be known; Diverged.
     """
-    start = begin(settings, _plan, note=watch.note)
+    start = begin(settings, _plan, processes=processes, note=watch.note)
     train_all(start.decoder)
     began_with = {"recipe": "sft", **start.digests}
     outcome = train(start.decoder, settings, start.streams, recipe=began_with, watch=watch, processes=processes)
@@ -42,5 +42,5 @@ def run(settings: SftSettings, watch: Watch = NOBODY, processes: Processes = ALO
     return outcome
 
 
-def _plan(described: Described, settings: SftSettings) -> RunPlan:
-    return plan_of(described.spec, settings)
+def _plan(described: Described, settings: SftSettings, num_processes: int | None = None) -> RunPlan:
+    return plan_of(described.spec, settings, num_processes)
