@@ -3,12 +3,15 @@
 import pytest
 
 from cli.folders import write_folder
+from freehold.adapt.lora import MAX_RANK, LoraSettings
 from freehold.checkpoint.source import open_adapter, open_source
-from freehold.errors import BadInput
+from freehold.errors import BadInput, BadRequest
 from freehold.recipes import lora
 from freehold.recipes.loop import Watch
 from freehold.recipes.metrics import read_metrics
+from freehold.recipes.settings import ParallelSettings
 from freehold.recipes.toml import read_settings, write_example, write_settings
+from freehold.train.optim import OptimizerSettings
 from freehold.train.schedule import Schedule
 from freehold.train.step import Objective
 from freehold.trust.identity import digest_files
@@ -69,6 +72,21 @@ def test_a_save_holds_the_adapter_and_not_its_base_and_goes_on_with_the_same_bit
 def test_routers_and_mtp_are_not_trained_by_an_adapter(tmp_path):
     with pytest.raises(BadInput, match="are 0 for adapters"):
         adapting(tmp_path, tmp_path, objective=Objective())
+
+
+def test_what_moves_no_adapter_is_refused(tmp_path):
+    with pytest.raises(BadInput, match="adapters leave these as they are"):
+        adapting(tmp_path, tmp_path, optimizer=OptimizerSettings(matrices="muon"))
+    with pytest.raises(BadInput, match="adapters are not sharded"):
+        adapting(tmp_path, tmp_path, parallel=ParallelSettings(weights="shard"))
+
+
+def test_an_adapter_larger_than_any_memory_is_planned_without_being_made(tmp_path):
+    write_folder(tmp_path / "base", LLAMA | BYTES)
+    planned = lora.plan(adapting(tmp_path, tmp_path / "base", lora=LoraSettings(rank=MAX_RANK)))
+    assert planned.total_bytes > 10**9
+    with pytest.raises(BadRequest, match="more than any matrix has"):
+        LoraSettings(rank=10**17)
 
 
 def test_an_example_is_a_file_that_works():

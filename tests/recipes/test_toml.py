@@ -26,6 +26,13 @@ WRONG = {
     "optimizer.betas = [0.9]": ("`optimizer.betas` is [0.9], wanted a list of 2 numbers", None),
     "optimizer.betas = [0.9, 1.0]": ("`optimizer.betas` is [0.9, 1.0], wanted less than 1", None),
     "optimizer.eps = nan": ("`optimizer.eps` is nan", None),
+    "optimizer.eps = inf": ("`optimizer.eps` is inf, wanted 9223372036854775807 or less", None),
+    "optimizer.momentum = 1": ("`optimizer.momentum` is 1.0, wanted less than 1", None),
+    "objective.max_gradient_norm = 0": ("`objective.max_gradient_norm` is 0", "1e9"),
+    f"seed = {10**20}": (f"`seed` is {10**20}, wanted 9223372036854775807 or less", None),
+    f"save_every = {'9' * 400}": ("`save_every` is 9999", None),
+    f"seed = {'9' * 5000}": ("`seed` is '9999", None),
+    "threads = 100000": ("`threads` is 100000, wanted 4096 or less", None),
     "optimizer = 3": ("`optimizer` is 3, wanted a table", None),
     "schedule.warmup = 500": ("a schedule of 200 is too short for 500 of warm-up", None),
     "schedule.total = 0": ("`schedule.total` is 0", None),
@@ -42,6 +49,23 @@ def test_what_is_wrong_is_one_line_that_names_the_key(change, told):
     assert error.value.message.startswith(message)
     assert "\n" not in error.value.message
     assert hint is None or hint in (error.value.hint or "")
+
+
+@pytest.mark.parametrize("divided", ["weights='shard'", "tensor=2"])
+def test_muon_is_refused_where_a_process_has_parts_of_matrices(divided):
+    with pytest.raises(BadInput, match="moves whole matrices"):
+        read_settings(LEAST, SftSettings, changes=["optimizer.matrices=muon", f"parallel.{divided}"])
+
+
+def test_a_date_in_a_models_config_is_refused():
+    model = LEAST.replace('model = "m"', 'tokenizer = "t"') + '[model]\nmodel_type = "llama"\nborn = 1979-05-27\n'
+    with pytest.raises(BadInput, match="wanted a path or a table without dates"):
+        read_settings(model, PretrainSettings)
+
+
+def test_a_number_without_end_is_no_toml():
+    with pytest.raises(BadInput, match="the file is no TOML"):
+        read_settings(f"seed = {'9' * 5000}", SftSettings)
 
 
 def test_a_key_that_has_no_default_is_asked_for_with_what_it_means():

@@ -23,6 +23,7 @@ from freehold.models.moe import Experts
 from freehold.ops.weight import Adapted, Weight, dense
 
 ALL_LINEAR = "all-linear"
+MAX_RANK = 1 << 20
 # What has no adapter here, by the part of a name that tells it.
 UNADAPTED = {
     "lm_head": "the output head",
@@ -50,6 +51,8 @@ class LoraSettings:
     def __post_init__(self) -> None:
         if self.rank < 1 or not 0 < self.alpha < float("inf"):
             raise BadRequest(f"an adapter of rank {self.rank} and alpha {self.alpha}: both are wanted above 0")
+        if self.rank > MAX_RANK:
+            raise BadRequest(f"an adapter of rank {self.rank:,}: {MAX_RANK:,} is more than any matrix has")
         if not self.targets:
             raise BadRequest("an adapter without targets adapts nothing", hint=f"{ALL_LINEAR} takes every projection")
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
+
 from freehold.adapt.lora import LoraSettings, wrap
 from freehold.checkpoint.dtypes import parse_dtype
 from freehold.checkpoint.load import Described
@@ -47,6 +49,13 @@ class LoraRunSettings(FineTuneSettings):
             raise BadInput(
                 "`objective.correction_rate` and `objective.mtp_depths` are 0 for adapters, which hold neither"
             )
+        if self.optimizer.matrices == "muon":
+            raise BadInput(
+                '`optimizer.matrices = "muon"` moves matrices of blocks, and adapters leave these as they are',
+                hint='"adamw" moves adapters',
+            )
+        if self.parallel.weights == "shard":
+            raise BadInput('`parallel.weights = "shard"` is for every weight; adapters are not sharded: "replicate"')
 
 
 def plan(settings: LoraRunSettings, num_processes: int | None = None) -> RunPlan:
@@ -78,5 +87,6 @@ def _plan(described: Described, settings: LoraRunSettings, num_processes: int | 
     sizes = {name: parameter.nbytes for name, parameter in decoder.named_parameters()}
     if _keeps_packed(settings):
         sizes |= {m.name: packed_size(m) for m in described.matches.matches if is_packable(m)}
-    wrap(decoder, settings.lora, seed=settings.seed)
+    with torch.device("meta"):  # as the decoder: no adapter is drawn for its size
+        wrap(decoder, settings.lora, seed=settings.seed)
     return run_plan(decoder, settings, base_bytes=sum(sizes.values()), num_processes=num_processes)

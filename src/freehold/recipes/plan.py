@@ -7,6 +7,7 @@ tests/recipes/test_plan.py holds them to what processes took.
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -202,18 +203,19 @@ def _muon_bytes(matrices: Sequence[Tensor]) -> int:
 def _activation_lines(decoder: Decoder, settings: TrainSettings, processes: Imagined) -> list[MemoryLine]:
     """Return what blocks keep from forward to backward, and what the backward of one works on."""
     spec, num_tensor = decoder.spec, processes.size("tensor")
-    blocks = [*spec.blocks, *(spec.mtp.blocks * settings.objective.mtp_depths if spec.mtp else ())]
+    blocks = [*spec.blocks, *(spec.mtp.blocks if spec.mtp else ())]
+    passes = [1] * len(spec.blocks) + [settings.objective.mtp_depths] * (len(blocks) - len(spec.blocks))
     num_tokens = -(-settings.data.budget_tokens // processes.size("context"))
     width, is_anew = decoder.spec.width, settings.recompute
     is_native = settings.device == "cpu" and kernels() is not None and processes.size("context") == 1
-    inputs = (len(blocks) + 2) * num_tokens * width * parse_dtype(settings.dtype).itemsize
+    inputs = (sum(passes) + 2) * num_tokens * width * parse_dtype(settings.dtype).itemsize
     per_token = [
         2 * width + (_values_kept(block, width) if is_native else _values_recorded(block, width)) // num_tensor
         for block in blocks
     ]
     inner = max(2 * width + inner_width(block, width) // num_tensor for block in blocks)
     again = max(sum(p.nbytes for p in module.parameters(recurse=False)) for module in decoder.modules())
-    kept = inputs + (0 if is_anew else FLOAT32_BYTES * num_tokens * sum(per_token))
+    kept = inputs + (0 if is_anew else FLOAT32_BYTES * num_tokens * sum(map(mul, passes, per_token)))
     copies = COPIES_IN_BACKWARD if is_native else COPIES_RECORDED_IN_BACKWARD
     working = FLOAT32_BYTES * num_tokens * (copies * inner + is_anew * max(per_token))
     why = "what enters each block; the rest is computed anew" if is_anew else "all that blocks compute"

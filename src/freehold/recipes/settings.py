@@ -134,7 +134,11 @@ class TrainSettings:
     seed: Annotated[int, Key(says="What decides the order of data, and a new model's weights.")] = 0
     threads: Annotated[
         int | None,
-        Key(says="CPU threads; unset, one for each core. A run goes on with as many as it began with.", least=1),
+        Key(
+            says="CPU threads; unset, one for each core. A run goes on with as many as it began with.",
+            least=1,
+            most=4096,
+        ),
     ] = None
     device: Annotated[str, Key(says="cpu, cuda or cuda:N.")] = "cpu"
     save_every: Annotated[int, Key(says="Steps from one save to the next; the end and Ctrl-C save, too.", least=1)] = (
@@ -181,6 +185,17 @@ class TrainSettings:
             raise BadInput(f"`data.weights` has {len(data.weights)} entries for {len(data.train)} data sets")
         if max(betas) >= 1:
             raise BadInput(f"`optimizer.betas` is {list(betas)}, wanted less than 1")
+        if self.optimizer.momentum >= 1:
+            raise BadInput(f"`optimizer.momentum` is {self.optimizer.momentum}, wanted less than 1")
+        if not self.objective.max_gradient_norm:
+            raise BadInput(
+                "`objective.max_gradient_norm` is 0, which leaves nothing of a gradient", hint="1e9 clips nothing"
+            )
+        if self.optimizer.matrices == "muon" and (self.parallel.weights == "shard" or self.parallel.tensor > 1):
+            raise BadInput(
+                '`optimizer.matrices = "muon"` moves whole matrices, and with `parallel` as it is a process has parts',
+                hint='"adamw" moves parts, too',
+            )
         if self.schedule.total < 1:
             raise BadInput("`schedule.total` is 0, wanted 1 step or more")
 

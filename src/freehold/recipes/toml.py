@@ -4,7 +4,6 @@ Belongs here: keys, types and what no number may be. Not here: which keys there 
 """
 
 import json
-import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
@@ -26,11 +25,13 @@ WIDTH = 100  # of the comments in an example
 class Key:
     """What is known of a key beside its type and default: the annotation of a field.
 
-    says: its comment. least: what its numbers are at least. example: its value in an example where it has no default.
+    says: its comment. least, most: what its numbers lie between. example: its value in an example where it has no
+    default.
     """
 
     says: str
     least: int = 0
+    most: int = 2**63 - 1  # of torch's seeds and sizes; no number that means something is larger
     example: Any = None
 
 
@@ -59,7 +60,7 @@ def read_settings(text: str, kind: type[Settings], *, changes: Sequence[str] = (
 def _parsed(text: str, what: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # one of TOML, or of a number with thousands of digits
         raise BadInput(f"{what} is no TOML: {error}") from None
 
 
@@ -67,7 +68,7 @@ def _value_of(text: str) -> Any:
     """Return a value as TOML reads it; what is no TOML is a text, so that a shell needs no second quotes."""
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return text
     return parsed["value"] if parsed.keys() == {"value"} else text
 
@@ -126,8 +127,10 @@ def _checked(entry: _Entry, value: Any, where: str) -> Any:
     if converted is None:
         raise BadInput(f"`{name}` is {value!r:.60}, wanted {_words(entry.wanted)}")
     numbers = [number for number in _listed(converted) if type(number) in (int, float)]
-    if any(math.isnan(number) or number < entry.key.least for number in numbers):
+    if not all(number >= entry.key.least for number in numbers):  # NaN is not, either
         raise BadInput(f"`{name}` is {value!r:.60}, wanted {entry.key.least} or more")
+    if any(number > entry.key.most for number in numbers):
+        raise BadInput(f"`{name}` is {value!r:.60}, wanted {entry.key.most} or less")
     return converted
 
 
@@ -141,7 +144,7 @@ def _converted(wanted: Any, value: Any) -> Any:
     if get_origin(wanted) is tuple:
         return _converted_tuple(get_args(wanted), value)
     if get_origin(wanted) is dict:
-        return value if isinstance(value, dict) else None
+        return value if isinstance(value, dict) and _is_json(value) else None
     if wanted is float and type(value) is int:
         return float(value)
     if wanted is Path:
@@ -159,6 +162,15 @@ def _converted_tuple(parts: tuple[Any, ...], value: Any) -> tuple[Any, ...] | No
     return None if None in converted else converted
 
 
+def _is_json(value: Any) -> bool:
+    """Return whether a table is what JSON knows, too: dates and times are not."""
+    try:
+        json.dumps(value)
+    except (TypeError, RecursionError):
+        return False
+    return True
+
+
 def _listed(value: Any) -> Sequence[Any]:
     return value if isinstance(value, tuple) else [value]
 
@@ -173,7 +185,7 @@ def _words(wanted: Any) -> str:
         parts = get_args(wanted)
         return f"a list of {_words(parts[0])}" if parts[-1] is Ellipsis else f"a list of {len(parts)} numbers"
     if get_origin(wanted) is dict:
-        return "a table"
+        return "a table without dates"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
     return names[wanted]
 
