@@ -103,9 +103,11 @@ def test_held_out_data_is_measured_and_changes_nothing(tmp_path):
 
 def test_what_is_trained_on_cannot_be_held_out(tmp_path):
     write_data(tmp_path)
-    data = small_data(tmp_path, held_out=(tmp_path / "data",))
-    with pytest.raises(BadInput, match="trained on and held out"):
-        pretrain.run(pretraining(tmp_path, data=data))
+    (tmp_path / "other").symlink_to(tmp_path / "data")
+    for same in (tmp_path / "data", tmp_path / "data" / ".." / "data", tmp_path / "other"):
+        data = small_data(tmp_path, held_out=(same,))
+        with pytest.raises(BadInput, match="trained on and held out"):
+            pretrain.run(pretraining(tmp_path, data=data))
 
 
 def test_a_run_that_is_stopped_goes_on_as_the_run_that_never_was(tmp_path):
@@ -171,9 +173,10 @@ def test_damaged_metrics_are_told_and_not_repaired(tmp_path):
     write_data(tmp_path)
     settings = pretraining(tmp_path)
     pretrain.run(settings, Watch(should_stop=lambda: True))
-    (tmp_path / "run" / "metrics.jsonl").write_text("nonsense\n")
-    with pytest.raises(BadFile, match=r"metrics\.jsonl, line 1 is damaged"):
-        pretrain.run(settings)
+    for damaged in (b"nonsense\n", b"[1]\n", b'{"step": "one"}\n', b'{"step": null}\n', b"\xff\xfe\n"):
+        (tmp_path / "run" / "metrics.jsonl").write_bytes(damaged)
+        with pytest.raises(BadFile, match=r"metrics\.jsonl, line 1 is damaged"):
+            pretrain.run(settings)
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path):

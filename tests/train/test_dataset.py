@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from freehold.errors import BadFile, BadInput, NotFound
+from freehold.errors import BadFile, BadInput, FreeholdError, NotFound
 from freehold.ops.loss import IGNORED
 from freehold.train import build as build_module
 from freehold.train.build import read_all
@@ -310,4 +310,13 @@ def test_arguments_as_a_struct_are_refused_in_parquet(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}]}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     with pytest.raises(BadFile, match=r"a.parquet, row 1: function.arguments is a dict"):
+        build([tmp_path / "a.parquet"], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "messages", [5, "text", [1], [{"role": "assistant", "tool_calls": 5}], [{"tool_calls": [{"function": "clock"}]}]]
+)
+def test_columns_that_are_no_conversation_are_refused_in_parquet(messages, tmp_path):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages}]), tmp_path / "a.parquet")
+    with pytest.raises(FreeholdError, match=r"a\.parquet, row 1: "):
         build([tmp_path / "a.parquet"], tmp_path / "out")

@@ -56,8 +56,9 @@ def open_streams(
             sources.append(Source(name=folder.name, sequences=sequences, weight=weight))
         return Stream(Order(sources, seed=order_seed), budget_tokens=settings.budget_tokens)
 
-    if both := set(settings.train) & set(settings.held_out):
-        raise BadInput(f"{both.pop()} is trained on and held out", hint="what is trained on measures nothing")
+    trained_on = {folder.resolve() for folder in settings.train}
+    if both := [folder for folder in settings.held_out if folder.resolve() in trained_on]:
+        raise BadInput(f"{both[0]} is trained on and held out", hint="what is trained on measures nothing")
     weights = settings.weights or (None,) * len(settings.train)
     held_out = settings.held_out
     return Streams(

@@ -72,14 +72,15 @@ class Metrics:
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of a run's metrics; a last one that was cut short is none. Raises: BadFile."""
     file = folder / METRICS
-    lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else [""]
+    lines = file.read_bytes().split(b"\n") if file.exists() else [b""]
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            yield {"step": 0, **json.loads(line)}
-        except (ValueError, TypeError):
-            raise BadFile(
-                f"{METRICS}, line {number} is damaged", hint="move it away; the run goes on without"
-            ) from None
+            found = {"step": 0, **json.loads(line)}
+        except (ValueError, TypeError, RecursionError):
+            found = {"step": None}
+        if type(found["step"]) is not int:
+            raise BadFile(f"{METRICS}, line {number} is damaged", hint="move it away; the run goes on without")
+        yield found
 
 
 def _tensorboard(folder: Path, after_step: int) -> Any:

@@ -103,13 +103,17 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any, float]]:
 def _refuse_structs(where: str, content: Mapping[str, Any]) -> None:
     """Refuse arguments and tools as structs: Parquet gives every row the keys of all, so what was absent is null."""
     fields = [("tools", content.get("tools"))]
-    for message in content.get("messages") or ():
-        calls = message.get("tool_calls") if isinstance(message, dict) else None
-        functions = [call.get("function") or {} for call in calls or () if isinstance(call, dict)]
-        fields += [("function.arguments", function.get("arguments")) for function in functions]
+    calls = [call for message in _structs(content.get("messages")) for call in _structs(message.get("tool_calls"))]
+    for function in _structs([call.get("function") for call in calls]):
+        fields.append(("function.arguments", function.get("arguments")))
     for name, value in fields:
         if value is not None and not isinstance(value, str):
             raise BadFile(f"{where}: {name} is a {type(value).__name__} where JSON in a text is wanted, in Parquet")
+
+
+def _structs(found: Any) -> list[dict[str, Any]]:
+    """Return the structs of a list; none of what is something else, which is refused where it is read."""
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
 def _row(where: str, content: Any, ignored: frozenset[str]) -> Row:
