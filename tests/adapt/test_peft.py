@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from adapt.adapters import SETTINGS, adapt
 from freehold.adapt.lora import LoraSettings, adapted, projections
+from freehold.adapt.peft import BASE_KEY
 from freehold.engine.adapter import adapter_bytes, load_adapter, save_adapter
 from freehold.errors import BadFile, CheckpointMismatch, NotFound, UnsupportedModel
 from freehold.models.decoder import Decoder
@@ -208,6 +209,32 @@ def test_the_digest_of_an_adapter_changes_with_either_file(folder):
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     third = digest() if change_tensors(folder, **{name: torch.ones(4, 32)}) else ""
     assert len({first, second, third}) == 3
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(4, 32, dtype=torch.int64),
+        torch.ones(4, 32, dtype=torch.bool),
+        torch.ones(4, 32, dtype=torch.float64),
+        torch.tensor(1.0),
+        torch.ones(4, 32, 1),
+        torch.ones(0, 32),
+    ],
+    ids=["integers", "booleans", "float64", "scalar", "cube", "empty"],
+)
+def test_what_is_no_matrix_of_floats_is_refused(tensor, folder):
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    change_tensors(folder, **{name: tensor})
+    with pytest.raises(CheckpointMismatch, match=rf"`{name}` is .* wanted is a matrix of F32, F16, BF16"):
+        load(folder, LLAMA)
+
+
+def test_a_base_that_is_named_by_something_else_is_another_one(tmp_path):
+    save_adapter(tmp_path / "adapter", adapt(tiny_decoder(LLAMA)), family=family_of_config(LLAMA), base_sha256=None)
+    change(tmp_path / "adapter", **{BASE_KEY: [1]})
+    with pytest.raises(CheckpointMismatch, match="was made for weights of SHA-256"):
+        load(tmp_path / "adapter", LLAMA)
 
 
 @pytest.mark.parametrize("missing", [CONFIG, WEIGHTS])

@@ -224,6 +224,20 @@ def test_any_other_byte_in_a_shard_is_refused_or_changes_no_token(small, place, 
         file.write_bytes(content)
 
 
+@pytest.mark.parametrize("count", ["many", None, 1.5, True])
+def test_counts_that_are_no_numbers_are_refused(count, tmp_path):
+    build([write_rows(tmp_path / "a.jsonl", texts(3))], tmp_path / "out")
+    file = tmp_path / "out" / "shard-00000.bin"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    text = json.dumps(header | {"counts": header["counts"] | {"rows": count}}).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    with pytest.raises(BadFile, match="its header is damaged"):
+        Dataset(tmp_path / "out")
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """Build a data set of one shard."""

@@ -24,6 +24,9 @@ from freehold.models.decoder import Decoder
 from freehold.models.families import Family
 from freehold.trust.identity import digest_files
 
+# Of the numbers of A and B.
+FORMATS = ("F32", "F16", "BF16")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterReport:
@@ -60,14 +63,16 @@ def load_adapter(folder: Path, decoder: Decoder, *, family: Family, base_sha256:
     """
     with open_adapter(folder) as source:
         config, notes = source.metadata, list[str]()
-        named = {place[BASE_KEY] for place in (source.header, config) if BASE_KEY in place}
+        named = {str(place[BASE_KEY]) for place in (source.header, config) if BASE_KEY in place}
         if not named:
             notes.append(f"{folder.name} does not say for which weights it was made: only its shapes were checked")
         elif named != {found := base_sha256()}:
             raise CheckpointMismatch(
-                f"{folder.name} was made for weights of SHA-256 {str(named.pop())[:16]}, these have {found[:16]}",
+                f"{folder.name} was made for weights of SHA-256 {named.pop()[:16]}, these have {found[:16]}",
                 hint="load it with the model that it was made for",
             )
+        for name, tensor in source.tensors.items():
+            _check_tensor(name, tensor)
         tensors = {name: read_tensor(source, name, _dtype_of(t)) for name, t in source.tensors.items()}
         attach_peft(decoder, family, config=config, tensors=tensors)
     return AdapterReport(sha256=digest_files([folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS]), notes=tuple(notes))
@@ -77,6 +82,14 @@ def adapter_bytes(folder: Path) -> int:
     """Return the bytes that the adapter of a folder takes in memory; only its headers are read."""
     with open_adapter(folder) as source:
         return sum(prod(t.shape) * _dtype_of(t).itemsize for t in source.tensors.values())
+
+
+def _check_tensor(name: str, tensor: StoredTensor) -> None:
+    """Refuse what is no matrix, or holds other numbers than adapters do. Raises: CheckpointMismatch."""
+    if tensor.format not in FORMATS or len(tensor.shape) != 2 or 0 in tensor.shape:
+        raise CheckpointMismatch(
+            f"`{name}` is {tensor.format} {list(tensor.shape)}, wanted is a matrix of {', '.join(FORMATS)}"
+        )
 
 
 def _dtype_of(tensor: StoredTensor) -> torch.dtype:

@@ -183,8 +183,10 @@ def _read_header(content: mmap.mmap, file: Path) -> tuple[ShardHeader, int]:
     try:
         fields: dict[str, Any] = json.loads(content[LENGTH_BYTES : LENGTH_BYTES + length])
         header = ShardHeader(**{**fields, "counts": Counts(**fields["counts"])})
-        sizes = (header.num_tokens, header.num_documents)
+        sizes, counts = (header.num_tokens, header.num_documents), asdict(header.counts).values()
         if header.id_bytes not in (2, 4) or not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError
+        if not all(type(count) is int for count in counts):
             raise ValueError
     except (ValueError, TypeError, KeyError, RecursionError):
         raise BadFile(f"{file.name}: its header is damaged", hint=REBUILD) from None
