@@ -26,7 +26,7 @@ WRONG = {
     "optimizer.betas = [0.9]": ("`optimizer.betas` is [0.9], wanted a list of 2 numbers", None),
     "optimizer.betas = [0.9, 1.0]": ("`optimizer.betas` is [0.9, 1.0], wanted less than 1", None),
     "optimizer.eps = nan": ("`optimizer.eps` is nan", None),
-    "optimizer.eps = inf": ("`optimizer.eps` is inf, wanted 9223372036854775807 or less", None),
+    "optimizer.eps = inf": ("`optimizer.eps` is inf, wanted a number with an end", None),
     "optimizer.momentum = 1": ("`optimizer.momentum` is 1.0, wanted less than 1", None),
     "objective.max_gradient_norm = 0": ("`objective.max_gradient_norm` is 0", "1e9"),
     f"seed = {10**20}": (f"`seed` is {10**20}, wanted 9223372036854775807 or less", None),
@@ -36,6 +36,7 @@ WRONG = {
     "optimizer = 3": ("`optimizer` is 3, wanted a table", None),
     "schedule.warmup = 500": ("a schedule of 200 is too short for 500 of warm-up", None),
     "schedule.total = 0": ("`schedule.total` is 0", None),
+    "schedule.peak = 1e-7": ("`schedule.end` is 1e-06, more than `schedule.peak`, 1e-07", "lower end"),
     "out.there = 1": ("`out.there`: `out` is no table", None),
     "seed": ("'seed' changes nothing", "--set schedule.total=100"),
 }

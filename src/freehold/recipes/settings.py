@@ -198,6 +198,12 @@ class TrainSettings:
             )
         if self.schedule.total < 1:
             raise BadInput("`schedule.total` is 0, wanted 1 step or more")
+        if self.schedule.decay and self.schedule.end > self.schedule.peak:
+            raise BadInput(
+                f"`schedule.end` is {self.schedule.end}, more than `schedule.peak`, {self.schedule.peak}: the rate "
+                "would rise at the end",
+                hint="a lower peak than usual takes a lower end, too",
+            )
 
     @property
     def packs_per_step(self) -> int:

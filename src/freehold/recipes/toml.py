@@ -4,6 +4,7 @@ Belongs here: keys, types and what no number may be. Not here: which keys there 
 """
 
 import json
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
@@ -25,8 +26,8 @@ WIDTH = 100  # of the comments in an example
 class Key:
     """What is known of a key beside its type and default: the annotation of a field.
 
-    says: its comment. least, most: what its numbers lie between. example: its value in an example where it has no
-    default.
+    says: its comment. least: what its numbers are at least; most: its whole numbers at most. example: its value in an
+    example where it has no default.
     """
 
     says: str
@@ -129,7 +130,9 @@ def _checked(entry: _Entry, value: Any, where: str) -> Any:
     numbers = [number for number in _listed(converted) if type(number) in (int, float)]
     if not all(number >= entry.key.least for number in numbers):  # NaN is not, either
         raise BadInput(f"`{name}` is {value!r:.60}, wanted {entry.key.least} or more")
-    if any(number > entry.key.most for number in numbers):
+    if math.inf in numbers:
+        raise BadInput(f"`{name}` is {value!r:.60}, wanted a number with an end")
+    if any(type(number) is int and number > entry.key.most for number in numbers):
         raise BadInput(f"`{name}` is {value!r:.60}, wanted {entry.key.most} or less")
     return converted
 
