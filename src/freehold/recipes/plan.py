@@ -279,10 +279,10 @@ def _part_lines(decoder: Decoder, processes: Imagined, num_parts: int, saved_byt
 
 def _whole_line(lines: Mapping[str, int], whole: Mapping[str, int], *, is_divided: bool) -> MemoryLine:
     """Return what the whole takes beyond these lines: at first the model, where it is divided also the run when it is
-    saved. What a step works on is not there then.
+    saved. What a step works on is not there then, but for what the allocator keeps of it.
     """
     kept, why = SAVED[:1], "the whole model, before there are parts of it"
     if is_divided:
         kept, why = SAVED, "the whole run, when it is saved"
-    free = sum(lines.values()) - sum(lines[name] for name in kept)
+    free = sum(lines.values()) - sum(lines[name] for name in (*kept, "allocator"))
     return MemoryLine(name="whole", num_bytes=max(0, sum(whole[name] for name in kept) - free), why=why)
