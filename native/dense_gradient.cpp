@@ -13,7 +13,7 @@
 namespace freehold::FREEHOLD_FORM {
 namespace {
 
-constexpr std::size_t RUN_TOKENS = 64, RUN_ELEMENTS = 4096;
+constexpr std::size_t RUN_TOKENS = 64, RUN_ELEMENTS = 4096, SUM_WIDTH = 1024;
 
 // dx_i = s w_i g_i - x_i s^3 mean(w g x), with s = 1 / sqrt(mean(x^2) + eps); adds g x s to the weight's sum.
 void norm_gradient_of_row(const NormGradient& call, std::size_t token, float* weight_sum) {
@@ -68,16 +68,20 @@ float cross_entropy_of_row(float* logits, std::size_t width, std::int64_t label)
   each(-__builtin_inff(), [&](std::size_t, std::size_t, F32 x) { most = max(most, x); });
   const float largest = max_of_lanes(most), of_label = logits[label];
   F32 sums = splat(0.0f);
+  double sum = 0.0;  // of runs: a whole vocabulary summed in float32 loses what its many small terms come to
   each(-__builtin_inff(), [&](std::size_t i, std::size_t count, F32 x) {
     const F32 weight = exp(x - splat(largest));
     sums += weight;
     store_first(logits + i, weight, count);
+    if ((i + LANES) % SUM_WIDTH) return;
+    sum += sum_of_lanes(sums);
+    sums = splat(0.0f);
   });
-  const float sum = sum_of_lanes(sums);
-  const F32 inverse = splat(1.0f / sum);
+  sum += sum_of_lanes(sums);
+  const F32 inverse = splat(static_cast<float>(1.0 / sum));
   each(0.0f, [&](std::size_t i, std::size_t count, F32 weight) { store_first(logits + i, weight * inverse, count); });
   logits[label] -= 1.0f;
-  return std::log(sum) + largest - of_label;
+  return static_cast<float>(std::log(sum) + largest - of_label);
 }
 
 }  // namespace

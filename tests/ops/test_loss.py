@@ -92,6 +92,14 @@ def test_a_packed_head_hands_its_gradient_down():
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)  # the kernel quantizes its rows, too
 
 
+def test_a_whole_vocabulary_is_summed_without_losing_its_many_small_terms():
+    hidden_TD, head_VD = torch.randn(4, 8), torch.cat((torch.full((1, 8), 2.0), 0.02 * torch.randn(49_151, 8)))
+    labels_T = torch.arange(4)
+    found, _ = linear_cross_entropy(hidden_TD, head_VD, labels_T)
+    expected = linear_cross_entropy_reference(hidden_TD.double(), head_VD.double(), labels_T)
+    assert float(found) == pytest.approx(float(expected), rel=3e-7)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ignored_tokens_change_no_bit(dtype):
     hidden_TD, head_VD, labels_T = inputs(dtype)
