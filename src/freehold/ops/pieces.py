@@ -50,15 +50,16 @@ def cut(starts: tuple[int, ...], length: int, device: torch.device) -> Pieces:
 
     starts: the first token of each sequence, and the end of the last.
     """
-    starts_B = torch.tensor(starts)
-    lengths_B = starts_B.diff()
-    first_piece_B = torch.cat((torch.zeros(1, dtype=torch.int64), (-(-lengths_B // length)).cumsum(0)))
-    shift_T = (first_piece_B[:-1] * length - starts_B[:-1]).repeat_interleave(lengths_B)
-    return Pieces(
-        length=length,
-        starts=tuple(first_piece_B.tolist()),
-        places_T=(torch.arange(starts[-1]) + shift_T).to(device),
-    )
+    with torch.inference_mode(False):  # what is kept outlives this step and may meet a gradient later
+        starts_B = torch.tensor(starts)
+        lengths_B = starts_B.diff()
+        first_piece_B = torch.cat((torch.zeros(1, dtype=torch.int64), (-(-lengths_B // length)).cumsum(0)))
+        shift_T = (first_piece_B[:-1] * length - starts_B[:-1]).repeat_interleave(lengths_B)
+        return Pieces(
+            length=length,
+            starts=tuple(first_piece_B.tolist()),
+            places_T=(torch.arange(starts[-1]) + shift_T).to(device),
+        )
 
 
 def whole(starts: tuple[int, ...], device: torch.device) -> Pieces:
