@@ -18,7 +18,7 @@ from freehold.engine.plan import count_parts, inner_width
 from freehold.errors import BadInput
 from freehold.models.decoder import Decoder, build_decoder
 from freehold.models.spec import AttentionSpec, BlockSpec, DecoderSpec, Mamba2Spec, MlpSpec, MoeSpec
-from freehold.ops.loss import CHUNK_BYTES
+from freehold.ops.loss import CHUNK_BYTES, GPU_CHUNK_BYTES
 from freehold.ops.native import kernels
 from freehold.ops.ssm import CHUNK_LENGTH
 from freehold.parallel.data import BUCKET_BYTES
@@ -254,7 +254,8 @@ def _loss_line(decoder: Decoder, settings: TrainSettings, processes: Imagined) -
     spec = decoder.spec
     depths = settings.objective.mtp_depths if spec.mtp else 0
     num_rows = spec.vocab_size // processes.size("tensor")
-    logits = min(CHUNK_BYTES, FLOAT32_BYTES * settings.data.budget_tokens * num_rows)
+    chunk_bytes = CHUNK_BYTES if settings.device == "cpu" else GPU_CHUNK_BYTES
+    logits = min(chunk_bytes, FLOAT32_BYTES * settings.data.budget_tokens * num_rows)
     return MemoryLine(
         name="loss",
         num_bytes=LOGITS_COPIES * logits + (2 + depths) * FLOAT32_BYTES * num_rows * spec.width,
