@@ -157,7 +157,7 @@ def peer_training(work: Work) -> Callable[[], object]:
 
 
 def measure(name: str, build: Callable[[Work], Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Return tokens per second and the peak of memory; what the card could not hold or the peer not run is told."""
+    """Return tokens per second and the peak of memory."""
     work = WORKS[name]
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
