@@ -19,6 +19,8 @@ from freehold.ops.pieces import whole
 KEY_LANES = 16  # keys that lie side by side in a page
 PAGE_TOKENS = 32  # a page holds a multiple of so many tokens
 SMALLEST_MAGNITUDE = 4e-37  # below it 127 over a magnitude is no float32, and a head counts as zeros (native/rows.h)
+# How many times their tokens may spans take side by side: one long one among many short ones would fill the memory.
+MOST_FILLED = 8
 # Not cuDNN's: it plans anew for each shape, 20 ms, and every step packs other lengths.
 KERNELS_OF_ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -30,7 +32,8 @@ def attention(q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, *, spans: Sequence[tu
     Precision: scores and softmax as torch's scaled_dot_product_attention keeps them (float32 inside).
     Paper: Vaswani et al., 2017, arXiv 1706.03762, section 3.2.1; grouped heads: Ainslie et al., 2023, arXiv 2305.13245.
     """
-    if q_THK.is_cuda and len(spans) > 1:
+    longest = max(stop - start for start, stop in spans)
+    if q_THK.is_cuda and len(spans) > 1 and len(spans) * longest <= MOST_FILLED * len(q_THK):
         return attention_side_by_side(q_THK, k_TJK, v_TJK, starts=(0, *(stop for _, stop in spans)))
     outputs = [attend(q_THK[i:j], k_TJK[i:j], v_TJK[i:j]) for i, j in spans]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

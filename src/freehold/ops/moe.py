@@ -13,7 +13,6 @@ from torch.nn.functional import grouped_mm, relu
 
 from freehold.ops.linear import linear, write_product
 from freehold.ops.native import is_native, kernels
-from freehold.ops.pieces import whole
 from freehold.ops.weight import Weight, dense, matrix_at, matrix_of
 
 MAX_EXPERTS = 1024  # that kernels take, as native/mixers.h says
@@ -141,11 +140,16 @@ def router_scores(hidden_TD: Tensor, gate_ED: Tensor) -> Tensor:
 
 def count_chosen(experts_TX: Tensor, *, num_experts: int, spans: Sequence[tuple[int, int]]) -> Tensor:
     """Return how often each expert was chosen in each span of tokens, int64 [B, E]; spans follow one another."""
-    lengths = torch.tensor([stop - start for start, stop in spans])
-    first_T = (num_experts * torch.arange(len(spans))).repeat_interleave(lengths).to(experts_TX.device)
-    chosen = (experts_TX + first_T[:, None]).flatten()
+    span_T = _span_of_each(spans, experts_TX.device)
+    chosen = (num_experts * span_T[:, None] + experts_TX).flatten()
     counts = torch.zeros(len(spans) * num_experts, dtype=torch.int64, device=chosen.device)
     return counts.scatter_add_(0, chosen, torch.ones_like(chosen)).view(len(spans), num_experts)
+
+
+def _span_of_each(spans: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """Return which span each token is of, int64 [T]."""
+    lengths = torch.tensor([stop - start for start, stop in spans])
+    return torch.arange(len(spans)).repeat_interleave(lengths).to(device)
 
 
 def balance_loss(scores_TE: Tensor, choices_BE: Tensor, *, spans: Sequence[tuple[int, int]]) -> Tensor:
@@ -160,7 +164,9 @@ def balance_loss(scores_TE: Tensor, choices_BE: Tensor, *, spans: Sequence[tuple
     Paper: DeepSeek-V3, section 2.1.2, equations 17 to 20.
     """
     shares_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
-    shares_BE = whole((0, *(stop for _, stop in spans)), scores_TE.device).spread(shares_TE).sum(dim=1)
+    numbers_B = torch.arange(len(spans), device=scores_TE.device)
+    is_of_BT = numbers_B[:, None] == _span_of_each(spans, scores_TE.device)
+    shares_BE = is_of_BT.float() @ shares_TE
     chosen_BE = choices_BE / choices_BE.sum(dim=-1, keepdim=True)  # their sum is X L
     return (chosen_BE * shares_BE).sum() * scores_TE.shape[1]
 
@@ -218,12 +224,17 @@ def mix_experts(input_TZ: Tensor, experts_TX: Tensor, weights_TX: Tensor, up: We
 
     Precision: float32 inside, and each gradient; they are rounded once, to the dtype of what they belong to.
     """
-    if input_TZ.is_cuda and isinstance(up, Tensor) and isinstance(down, Tensor):
+    if input_TZ.is_cuda and isinstance(up, Tensor) and isinstance(down, Tensor) and _can_group(up):
         return mix_experts_grouped(input_TZ, experts_TX, weights_TX, up, down)
     if kernels() is None or not input_TZ.is_cpu or matrix_of(up) is None or matrix_of(down) is None:
         return mix_experts_reference(input_TZ, experts_TX, weights_TX, up, down)
     mixed_TZ: Tensor = _Mix.apply(input_TZ.float(), experts_TX, weights_TX, up, down)  # type: ignore[no-untyped-call]
     return mixed_TZ.to(input_TZ.dtype)
+
+
+def _can_group(up: Tensor) -> bool:
+    """Return whether rows of these experts' matrices begin where torch's grouped product wants them: at 16 bytes."""
+    return all(size * up.itemsize % 16 == 0 for size in up.shape[1:])
 
 
 def _by_expert(experts_TX: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:

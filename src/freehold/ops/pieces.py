@@ -2,7 +2,7 @@
 
     tokens   a0 a1 a2 a3 a4 | b0 b1        pieces of 2    a0 a1 | a2 a3 | a4  - | b0 b1
 
-Belongs here: which token lies where. Not here: what is computed of the pieces (attention.py, ssm.py, moe.py).
+Belongs here: which token lies where. Not here: what is computed of the pieces (attention.py, ssm.py).
 """
 
 from dataclasses import dataclass

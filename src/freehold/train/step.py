@@ -1,6 +1,6 @@
 """One step of training: losses of all micro-batches, their gradient, a move of the weights.
 
-Belongs here: what is averaged over what, and what stops a run. Not here: which batches (dataset.py), which rate
+Belongs here: what is averaged over what, and what stops a run. Not here: which batches (packing.py), which rate
 (schedule.py), when to save (state.py); a recipe is the loop around this.
 """
 
