@@ -34,6 +34,16 @@ def keyed(tmp_path_factory):
     return url, key, token
 
 
+def logged_for(answers, lines):
+    """Return the one line of JSON that each answer has, in the order of the answers.
+
+    A line is written when its answer has gone out: that of the next request may come before it.
+    """
+    logged = {line["request"]: line for line in map(json.loads, lines)}
+    assert len(logged) == len(lines) == len(answers)
+    return [logged[answer.headers["x-request-id"]] for answer in answers]
+
+
 @contextmanager
 def logging_server(folder, *options):
     """Yield a client of a server, and a list that has the lines of its log when it has ended."""
@@ -57,9 +67,7 @@ def test_each_request_has_a_line_of_json_with_what_it_took(folder):
         wrong = client.post("/v1/completions", json={"model": "other", "prompt": SECRET})
         embedded = client.post("/v1/embeddings", json={"model": "tiny", "input": ["abc", "defg"]})
         assert client.get("/health").status_code == 200
-    logged = [json.loads(line) for line in lines]
-    answers = [whole, streamed, wrong, embedded]
-    assert [line["request"] for line in logged] == [answer.headers["x-request-id"] for answer in answers]
+    logged = logged_for([whole, streamed, wrong, embedded], lines)
     assert [line["status"] for line in logged] == [200, 200, 404, 200]
     first, second, third, fourth = logged
     usage = whole.json()["usage"]
@@ -91,8 +99,7 @@ def test_denials_are_logged_with_the_id_of_the_key_and_never_the_key(folder, key
         bearer = {"authorization": f"Bearer {token}"}
         answers = [client.get("/v1/models"), client.get("/metrics", headers=bearer)]
         answers += [client.post("/v1/chat/completions", json=HELLO, headers=bearer) for _ in range(5)]
-    logged = [json.loads(line) for line in lines]
-    assert [line["request"] for line in logged] == [answer.headers["x-request-id"] for answer in answers]
+    logged = logged_for(answers, lines)
     assert [line["status"] for line in logged] == [401, 403, 200, 200, 200, 200, 429]
     assert [line["key"] for line in logged] == ["none", *[key.id] * 6]
     assert [line["level"] for line in logged] == ["warning", "warning", *["info"] * 4, "warning"]
