@@ -94,9 +94,11 @@ void call_cross_entropy(const Kernels& form, int num_threads, Address logits, Ad
 }
 
 Attention attention_of(int num_heads, int num_kv_heads, int head_dim, Address rotation, const Batch& batch, Address qkv,
-                       PageElement page_element, Address key_pages, Address value_pages, Address out, Address log_sums) {
-  return {num_heads, num_kv_heads, head_dim, batch, at<float>(qkv), at<const float>(rotation),
-          page_element, at(key_pages), at(value_pages), nullptr, nullptr, at<float>(out), at<float>(log_sums)};
+                       PageElement page_element, Address key_pages, Address value_pages, Address key_scales,
+                       Address value_scales, Address out, Address log_sums) {
+  return {num_heads, num_kv_heads, head_dim, batch, at<float>(qkv), at<const float>(rotation), page_element,
+          at(key_pages), at(value_pages), at<float>(key_scales), at<float>(value_scales), at<float>(out),
+          at<float>(log_sums)};
 }
 
 void call_attention(const Kernels& form, int num_threads, const Attention& call) {

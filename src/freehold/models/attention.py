@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from freehold.models.layout import Layout, PagedKV
 from freehold.models.linear import Linear
 from freehold.models.spec import AttentionSpec, Llama3Scaling, RopeSpec, YarnScaling
-from freehold.ops.attention import attention, attention_anew, attention_over
+from freehold.ops.attention import attention, attention_anew, attention_over, attention_over_pages
 from freehold.ops.mixers import Norm, Program, can_attend, can_run
-from freehold.ops.native import inner_dtype, is_recorded
+from freehold.ops.native import has_kernels, inner_dtype
 from freehold.ops.rope import llama3_frequencies, rope_frequencies, rotate, yarn_frequencies
 from freehold.ops.weight import Weight
 
@@ -35,26 +35,39 @@ class Attention(nn.Module):
 
     def forward(self, hidden_TD: Tensor, layout: Layout, state: PagedKV | None) -> Tensor:
         """Return the mixed tokens [T, D]. Mutates: the pages of `state`, which gain this step's keys and values."""
-        spec, dtype = self.spec, inner_dtype(hidden_TD) if state is None else hidden_TD.dtype
+        spec, dtype = self.spec, inner_dtype(hidden_TD)
         q_THK = self.q_proj(hidden_TD, dtype).unflatten(1, (spec.num_heads, spec.head_dim))
         k_TJK = self.k_proj(hidden_TD, dtype).unflatten(1, (spec.num_kv_heads, spec.head_dim))
         v_TJK = self.v_proj(hidden_TD, dtype).unflatten(1, (spec.num_kv_heads, spec.head_dim))
-        if state is None and self.sees_all and is_recorded(hidden_TD) and can_attend(spec.head_dim):
-            mixed_THK = self._attend_anew(q_THK, k_TJK, v_TJK, layout, page_dtype=hidden_TD.dtype)
+        if has_kernels(hidden_TD) and self._runs_its_kernel(state):
+            mixed_THK = self._attend_natively(q_THK, k_TJK, v_TJK, layout, state, dtype=hidden_TD.dtype)
             return self.o_proj(mixed_THK.flatten(1))
         if spec.rope is not None:
             cos_TK, sin_TK = _angles(spec.rope, spec.head_dim, layout, dtype)
             q_THK, k_TJK = rotate(q_THK, cos_TK, sin_TK), rotate(k_TJK, cos_TK, sin_TK)
         return self.o_proj(self._attend(q_THK, k_TJK, v_TJK, layout, state).flatten(1))
 
-    def _attend_anew(
-        self, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, layout: Layout, *, page_dtype: torch.dtype
+    def _attend_natively(
+        self,
+        q_THK: Tensor,
+        k_TJK: Tensor,
+        v_TJK: Tensor,
+        layout: Layout,
+        state: PagedKV | None,
+        *,
+        dtype: torch.dtype,
     ) -> Tensor:
-        """Return what rotation and attention make of whole sequences, by the kernels."""
+        """Return what rotation and attention make of sequences, by the kernels.
+
+        dtype: the model's, in which keys and values without a state are held.
+        """
         spec, rotation = self.spec, None
         if spec.rope is not None:
-            rotation = _native_table(spec.rope, spec.head_dim, _table_size(max(layout.ends)), page_dtype)
-        return attention_anew(q_THK, k_TJK, v_TJK, rotation, starts=layout.starts, page_dtype=page_dtype)
+            rotation = _native_table(spec.rope, spec.head_dim, _table_size(max(layout.ends)), dtype)
+        if state is None:
+            return attention_anew(q_THK, k_TJK, v_TJK, rotation, starts=layout.starts, page_dtype=dtype)
+        pages = state.key_pages, state.value_pages, state.key_scales, state.value_scales
+        return attention_over_pages(q_THK, k_TJK, v_TJK, rotation, batch=layout.batch, pages=pages)
 
     def _attend(self, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, layout: Layout, state: PagedKV | None) -> Tensor:
         if state is None:
@@ -63,8 +76,17 @@ class Attention(nn.Module):
         owned = [state.read(row) for row in layout.pages]
         return attention_over(q_THK, owned, spans=layout.spans, ends=layout.ends)
 
+    def _runs_its_kernel(self, state: PagedKV | None) -> bool:
+        """Return whether attention runs on its kernel: where a gradient is recorded, or the block is no single call."""
+        is_recorded = state is None and torch.is_grad_enabled()
+        return self.has_native_ops() and (is_recorded or not self.is_native())
+
+    def has_native_ops(self) -> bool:
+        """Return whether kernels can take what lies between the products."""
+        return self.sees_all and can_attend(self.spec.head_dim)
+
     def is_native(self) -> bool:
-        """Return whether kernels can take this mixer."""
+        """Return whether kernels can take this mixer as one."""
         biases = (self.q_proj.bias, self.k_proj.bias, self.v_proj.bias)
         same_biases = len({bias.dtype for bias in biases if bias is not None}) <= 1
         return can_attend(self.spec.head_dim) and same_biases and can_run((*self._qkv(), self.o_proj.weight, *biases))

@@ -40,6 +40,7 @@ class Block(nn.Module):
 
     Without a gradient the kernels compute a block as one call. With one its ops are called one by one, each with the
     bits that it has within that call: all values between are float32 there, and are kept for the ops' own gradients.
+    A block with an adapter is no single call: its ops are called one by one in serving, too.
 
     recomputes: whether only the block's input is kept, and the rest computed once more for the gradient.
     is_divided: whether the mixer speaks with other processes, which no native call does.
@@ -68,9 +69,9 @@ class Block(nn.Module):
         if not wants_gradient(hidden_TD, *self.parameters()):
             return (self._run if self.is_native() else self.reference)(hidden_TD, layout, state)
         assert state is None, "states carry no gradient"
-        if self.is_native():
+        if is_native(self.norm.weight) and self.mixer.has_native_ops():
             return self._recorded(hidden_TD, layout, None)
-        return with_reference_gradient(  # an adapter, or sizes that kernels do not take: as it is served, op by op
+        return with_reference_gradient(  # sizes that kernels do not take: as it is served, by ops whose rows are apart
             lambda hidden_TD, *parameters: self.reference(hidden_TD.detach().clone(), layout, None),
             lambda hidden_TD, *parameters: self.reference(hidden_TD, layout, None),
             hidden_TD,

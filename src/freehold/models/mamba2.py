@@ -10,9 +10,9 @@ from freehold.models.layout import Layout, Recurrent, allocate_state
 from freehold.models.linear import Linear, float32_parameter
 from freehold.models.spec import Mamba2Spec
 from freehold.ops.conv import causal_conv, causal_conv_step
-from freehold.ops.mamba2 import Mamba2Sizes, can_mix, can_take, mix, mix_reference
+from freehold.ops.mamba2 import Mamba2Sizes, can_take, mix, mix_on, mix_reference
 from freehold.ops.mixers import Norm, Program, can_run
-from freehold.ops.native import inner_dtype, is_recorded, keeps_rows_apart
+from freehold.ops.native import has_kernels, inner_dtype, keeps_rows_apart
 from freehold.ops.norm import gated_group_rms_norm
 from freehold.ops.ssm import scan, scan_step, step_sizes
 
@@ -55,17 +55,27 @@ class Mamba2(nn.Module):
 
     def forward(self, hidden_TD: Tensor, layout: Layout, state: Recurrent | None) -> Tensor:
         """Return the mixed tokens [T, D]. Mutates: the slots of `state` that the layout names."""
-        projected_TP = self.in_proj(hidden_TD, inner_dtype(hidden_TD) if state is None else None)
-        if (
-            state is None
-            and self.sees_all
-            and is_recorded(hidden_TD)
-            and can_mix(projected_TP, self.weights, self.sizes)
-        ):
-            sizes, dtype = self.sizes, hidden_TD.dtype
-            return self.out_proj(mix(projected_TP, *self.weights, sizes=sizes, starts=layout.starts, row_dtype=dtype))
+        projected_TP = self.in_proj(hidden_TD, inner_dtype(hidden_TD))
+        if has_kernels(hidden_TD) and self._runs_its_kernels(state):
+            return self.out_proj(self._mix_natively(projected_TP, layout, state, dtype=hidden_TD.dtype))
+        if state is not None:
+            projected_TP = projected_TP.to(hidden_TD.dtype)  # as its rows are kept
         mix_here = self._mix_rows if keeps_rows_apart(hidden_TD) else self._mix
         return self.out_proj(mix_here(projected_TP, layout, state))
+
+    def _mix_natively(
+        self, projected_TP: Tensor, layout: Layout, state: Recurrent | None, *, dtype: torch.dtype
+    ) -> Tensor:
+        """Return `_mix` by the kernels, with rows of the convolution rounded to the model's dtype."""
+        if state is None:
+            return mix(projected_TP, *self.weights, sizes=self.sizes, starts=layout.starts, row_dtype=dtype)
+        tail, ssm = state.conv_tail, state.ssm
+        return mix_on(projected_TP, *self.weights, sizes=self.sizes, batch=layout.batch, conv_tail=tail, ssm=ssm)
+
+    def _runs_its_kernels(self, state: Recurrent | None) -> bool:
+        """Return whether kernels mix: where a gradient is recorded, or the block is no single call."""
+        is_recorded = state is None and torch.is_grad_enabled()
+        return self.has_native_ops() and (is_recorded or not self.is_native())
 
     def _mix_rows(self, projected_TP: Tensor, layout: Layout, state: Recurrent | None) -> Tensor:
         """Return `_mix` of each token in a step of its own."""
@@ -114,8 +124,12 @@ class Mamba2(nn.Module):
         """The weights between the projections, as `ops.mamba2.mix` takes them."""
         return self.conv1d.weight, self.conv1d.bias, self.norm.weight, self.A_log, self.D, self.dt_bias
 
+    def has_native_ops(self) -> bool:
+        """Return whether kernels can take what lies between the products."""
+        return self.sees_all and can_take(self.weights, self.sizes)
+
     def is_native(self) -> bool:
-        """Return whether kernels can take this mixer."""
+        """Return whether kernels can take this mixer as one."""
         return can_take(self.weights, self.sizes) and can_run((self.in_proj.weight, self.out_proj.weight))
 
     def add_to(self, program: Program, norm: Norm, state: Recurrent) -> None:

@@ -25,8 +25,12 @@ class GatedMlp(nn.Module):
         dtype = inner_dtype(hidden_TD)
         return self.down_proj(gated_silu(self.gate_proj(hidden_TD, dtype), self.up_proj(hidden_TD, dtype)))
 
+    def has_native_ops(self) -> bool:
+        """Return whether kernels can take what lies between the products."""
+        return True
+
     def is_native(self) -> bool:
-        """Return whether kernels can take this mixer."""
+        """Return whether kernels can take this mixer as one."""
         gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
         return is_quantized(gate) == is_quantized(up) and can_run((gate, up, down))
 
@@ -47,8 +51,12 @@ class SquaredReluMlp(nn.Module):
         """Return the mixed tokens [T, D]; each token on its own."""
         return self.down_proj(squared_relu(self.up_proj(hidden_TD, inner_dtype(hidden_TD))))
 
+    def has_native_ops(self) -> bool:
+        """Return whether kernels can take what lies between the products."""
+        return True
+
     def is_native(self) -> bool:
-        """Return whether kernels can take this mixer."""
+        """Return whether kernels can take this mixer as one."""
         return can_run((self.up_proj.weight, self.down_proj.weight))
 
     def add_to(self, program: Program, norm: Norm, state: None) -> None:

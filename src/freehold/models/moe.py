@@ -73,13 +73,16 @@ class Moe(nn.Module):
         """Return how often each sequence, all of it, chose each expert, int64 [B, E]."""
         return count_chosen(experts_TX, num_experts=self.spec.num_experts, spans=layout.spans)
 
-    def is_native(self) -> bool:
-        """Return whether kernels can take this mixer."""
+    def has_native_ops(self) -> bool:
+        """Return whether kernels can take what lies between the products: the choice of experts."""
         vectors = (self.gate.weight, self.gate.e_score_correction_bias)
-        is_float32 = all(vector.dtype is torch.float32 for vector in vectors)
-        shared = self.shared_experts
+        return self.spec.num_experts <= MAX_EXPERTS and all(vector.dtype is torch.float32 for vector in vectors)
+
+    def is_native(self) -> bool:
+        """Return whether kernels can take this mixer as one."""
+        vectors, shared = (self.gate.weight, self.gate.e_score_correction_bias), self.shared_experts
         matrices = (self.experts.up_proj, self.experts.down_proj, shared.up_proj.weight, shared.down_proj.weight)
-        return is_float32 and self.spec.num_experts <= MAX_EXPERTS and can_run((*matrices, *self._latent(), *vectors))
+        return self.has_native_ops() and can_run((*matrices, *self._latent(), *vectors))
 
     def add_to(self, program: Program, norm: Norm, state: None) -> None:
         """Add this mixer's block to a program. Mutates: program."""

@@ -24,6 +24,9 @@ MOST_FILLED = 8
 # Not cuDNN's: it plans anew for each shape, 20 ms, and every step packs other lengths.
 KERNELS_OF_ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
+# Keys, values, and what scales each where they are int8, as `models.layout.PagedKV` holds them.
+Pages = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
 
 def attention(q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, *, spans: Sequence[tuple[int, int]]) -> Tensor:
     """Return causal attention within each span of packed tokens; spans do not see each other.
@@ -74,6 +77,22 @@ def attention_anew(
     return mixed_THK
 
 
+def attention_over_pages(
+    q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, rotation: Tensor | None, *, batch: Batch, pages: Pages
+) -> Tensor:
+    """Return the attention of sequences over their pages, [T, H, K], by the kernels, rotation included.
+
+    Arguments as those of `attention_anew`. Mutates: pages, which gain these keys and values.
+    """
+    form, mixed_THK, (_, num_heads, head_dim) = kernels(), torch.empty_like(q_THK), q_THK.shape
+    assert form is not None, "the caller has asked"
+    qkv_TNK = torch.cat((q_THK, k_TJK, v_TJK), dim=1)
+    sizes = num_heads, k_TJK.shape[1], head_dim
+    call = _native_attention(sizes, batch, (qkv_TNK, rotation, mixed_THK, None), pages, page_dtype=pages[0].dtype)
+    form.attention(torch.get_num_threads(), call)
+    return mixed_THK
+
+
 class _AttentionAnew(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -95,7 +114,8 @@ class _AttentionAnew(torch.autograd.Function):
         ctx.save_for_backward(*saved)
         form = kernels()
         assert form is not None, "the caller has asked"
-        form.attention(torch.get_num_threads(), _native_attention(ctx, saved, (pages[0], pages[1])))
+        call = _native_attention(ctx.sizes, ctx.batch, saved, (*pages, None, None), page_dtype=page_dtype)
+        form.attention(torch.get_num_threads(), call)
         return saved[2]
 
     @staticmethod
@@ -104,7 +124,7 @@ class _AttentionAnew(torch.autograd.Function):
         assert form is not None, "the forward ran on it"
         saved, (num_heads, num_kv_heads, _) = ctx.saved_tensors, ctx.sizes
         found_TNK = torch.empty_like(saved[0])
-        call = _native_attention(ctx, saved, (None, None))
+        call = _native_attention(ctx.sizes, ctx.batch, saved, (None,) * 4, page_dtype=ctx.page_dtype)
         form.attention_gradient(torch.get_num_threads(), call, gradient_THK.data_ptr(), found_TNK.data_ptr())
         return *found_TNK.split((num_heads, num_kv_heads, num_kv_heads), dim=1), None, None, None
 
@@ -119,12 +139,21 @@ def _batch_anew(starts: tuple[int, ...], page_counts: Sequence[int]) -> Batch:
     return Batch(starts=starts, contexts=zeros, slots=zeros, pages=pages, page_size=PAGE_TOKENS)
 
 
-def _native_attention(ctx: Any, saved: Sequence[Tensor | None], pages: tuple[Tensor | None, Tensor | None]) -> Any:
-    qkv, rotation, out, log_sums, keys, values = (
-        0 if tensor is None else tensor.data_ptr() for tensor in (*saved, *pages)
-    )
-    page_element = getattr(extension().PageElement, str(ctx.page_dtype).removeprefix("torch."))
-    return extension().attention(*ctx.sizes, rotation, ctx.batch.native, qkv, page_element, keys, values, out, log_sums)
+def _native_attention(
+    sizes: tuple[int, int, int],
+    batch: Batch,
+    tensors: Sequence[Tensor | None],
+    pages: Sequence[Tensor | None],
+    *,
+    page_dtype: torch.dtype,
+) -> Any:
+    """Return a call of H query heads over J key/value heads of K.
+
+    tensors: queries, keys and values side by side; rotation; the output; the logarithms of the sums, where wanted.
+    """
+    qkv, rotation, out, log_sums, *pools = (0 if t is None else t.data_ptr() for t in (*tensors, *pages))
+    page_element = getattr(extension().PageElement, str(page_dtype).removeprefix("torch."))
+    return extension().attention(*sizes, rotation, batch.native, qkv, page_element, *pools, out, log_sums)
 
 
 def attention_over(
@@ -152,7 +181,7 @@ def write_keys(key_pages: Tensor, k_TJK: Tensor, rows_T: Tensor) -> None:
     """
     page_size = key_pages.shape[2] * KEY_LANES
     block_T, lane_T = rows_T % page_size // KEY_LANES, rows_T % KEY_LANES
-    key_pages[rows_T // page_size, :, block_T, :, lane_T] = k_TJK
+    key_pages[rows_T // page_size, :, block_T, :, lane_T] = k_TJK.to(key_pages.dtype)
 
 
 def write_values(value_pages: Tensor, v_TJK: Tensor, rows_T: Tensor) -> None:
@@ -161,7 +190,7 @@ def write_values(value_pages: Tensor, v_TJK: Tensor, rows_T: Tensor) -> None:
     Mutates: value_pages [pages, J, page_size, K], rows counted over pages and their tokens.
     """
     page_size = value_pages.shape[2]
-    value_pages[rows_T // page_size, :, rows_T % page_size] = v_TJK
+    value_pages[rows_T // page_size, :, rows_T % page_size] = v_TJK.to(value_pages.dtype)
 
 
 def read_keys(key_pages: Tensor, row: Sequence[int]) -> Tensor:

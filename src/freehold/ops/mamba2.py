@@ -86,11 +86,6 @@ def mix_reference(
     return gated_group_rms_norm(y_TI, gate_TI, norm_weight_I, num_groups=sizes.num_groups, eps=sizes.norm_eps)
 
 
-def can_mix(projected: Tensor, weights: Sequence[Tensor], sizes: Mamba2Sizes) -> bool:
-    """Return whether the kernels can take these arguments of `mix`."""
-    return is_native(projected) and can_take(weights, sizes)
-
-
 def can_take(weights: Sequence[Tensor], sizes: Mamba2Sizes) -> bool:
     """Return whether there are kernels, and they can take a mixer of these weights and sizes."""
     matrices, vectors = weights[:3], weights[3:]
@@ -116,8 +111,36 @@ def mix(
     row_dtype: what rows are rounded to before the convolution, as a state of this dtype would keep them.
     Precision: float32 inside; each gradient is rounded once to the dtype of what it belongs to.
     """
-    out: Tensor = _Mix.apply(projected.float(), sizes, tuple(starts), row_dtype, *weights)  # type: ignore[no-untyped-call]
+    projected = projected.float().contiguous()
+    out: Tensor = _Mix.apply(projected, sizes, tuple(starts), row_dtype, *weights)  # type: ignore[no-untyped-call]
     return out
+
+
+def mix_on(
+    projected: Tensor, *weights: Tensor, sizes: Mamba2Sizes, batch: Batch, conv_tail: Tensor, ssm: Tensor
+) -> Tensor:
+    """Return what `mix` does of sequences that go on from states, which are those of all slots; there is no gradient.
+
+    Mutates: conv_tail, ssm.
+    """
+    _, out_TI = _mix_natively(projected.float().contiguous(), weights, sizes, batch, conv_tail, ssm)
+    return out_TI
+
+
+def _mix_natively(
+    projected: Tensor, weights: Sequence[Tensor], sizes: Mamba2Sizes, batch: Batch, conv_tail: Tensor, ssm: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return x, b and c as the scan leaves them, its output in place of x, and the output [T, I]. Mutates: states."""
+    form, num_tokens = kernels(), len(projected)
+    assert form is not None, "the caller has asked"
+    mixed, out_TI = torch.empty(num_tokens * sizes.conv_width), torch.empty(num_tokens, sizes.inner_width)
+    form.mamba2_inner(
+        torch.get_num_threads(),
+        native_mamba2(sizes, weights, row_dtype=conv_tail.dtype),
+        batch.native,
+        *(tensor.data_ptr() for tensor in (projected, conv_tail, ssm, mixed, out_TI)),
+    )
+    return mixed, out_TI
 
 
 def native_mamba2(sizes: Mamba2Sizes, weights: Sequence[Tensor], *, row_dtype: torch.dtype) -> Any:
@@ -148,21 +171,14 @@ class _Mix(torch.autograd.Function):
         row_dtype: torch.dtype,
         *weights: Tensor,
     ) -> Tensor:
-        form, num_tokens, num_sequences = kernels(), len(projected), len(starts) - 1
-        assert form is not None, "the caller has asked"
+        num_sequences = len(starts) - 1
         ctx.sizes, ctx.row_dtype = sizes, row_dtype
         ctx.batch = Batch(
             starts=starts, contexts=[0] * num_sequences, slots=range(num_sequences), pages=[], page_size=0
         )
         tail = torch.zeros(num_sequences, sizes.conv_kernel - 1, sizes.conv_width, dtype=row_dtype)
         states = torch.zeros(num_sequences, sizes.num_heads, sizes.state_size, sizes.head_dim)
-        mixed, out_TI = torch.empty(num_tokens * sizes.conv_width), torch.empty(num_tokens, sizes.inner_width)
-        form.mamba2_inner(
-            torch.get_num_threads(),
-            native_mamba2(sizes, weights, row_dtype=row_dtype),
-            ctx.batch.native,
-            *(tensor.data_ptr() for tensor in (projected, tail, states, mixed, out_TI)),
-        )
+        mixed, out_TI = _mix_natively(projected, weights, sizes, ctx.batch, tail, states)
         ctx.save_for_backward(projected, mixed, *weights)
         return out_TI
 

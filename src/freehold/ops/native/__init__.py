@@ -57,6 +57,11 @@ def is_native(tensor: Tensor) -> bool:
     return tensor.is_cpu and tensor.dtype in (torch.float32, torch.bfloat16) and tensor.is_contiguous()
 
 
+def has_kernels(tensor: Tensor) -> bool:
+    """Return whether there are kernels for what lies where a tensor does."""
+    return tensor.is_cpu and kernels() is not None
+
+
 def keeps_rows_apart(tensor: Tensor) -> bool:
     """Return whether an op has to give each row the bits that it has alone, as the kernels do.
 
@@ -64,21 +69,16 @@ def keeps_rows_apart(tensor: Tensor) -> bool:
     its vectors. It is then called for each row. While a gradient is recorded it is called once: the forward that counts
     is the one without (ops/gradient.py).
     """
-    return tensor.is_cpu and kernels() is not None and not torch.is_grad_enabled()
-
-
-def is_recorded(tensor: Tensor) -> bool:
-    """Return whether a gradient may be wanted of what kernels make of a tensor."""
-    return tensor.is_cpu and kernels() is not None and torch.is_grad_enabled()
+    return has_kernels(tensor) and not torch.is_grad_enabled()
 
 
 def inner_dtype(tensor: Tensor) -> torch.dtype:
     """Return what a mixer that reads a tensor holds its values in between its products.
 
-    Float32 where its gradient is recorded: a block as one native call keeps that inside, and the two have to give the
-    same bits. The tensor's own dtype elsewhere.
+    Float32 where there are kernels: a block as one native call keeps that inside, and its ops one by one have to give
+    the same bits. The tensor's own dtype elsewhere.
     """
-    return torch.float32 if is_recorded(tensor) else tensor.dtype
+    return torch.float32 if has_kernels(tensor) else tensor.dtype
 
 
 class Batch:
