@@ -76,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if wide_head is not None:
                 hidden_gradients.append((gradient_SV @ wide_head).to(hidden_SD.dtype))
             if head_gradient is not None:
-                head_gradient += gradient_SV.T @ rows_SD.to(dtype)
+                _add_product(head_gradient, gradient_SV.T, rows_SD.to(dtype))
         hidden_gradient = torch.cat(hidden_gradients) if wants_hidden else None
         ctx.gradients, ctx.head_dtype = (hidden_gradient, head_gradient), getattr(head, "dtype", None)
         return total
@@ -89,6 +89,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if head is None else (head * scale).to(ctx.head_dtype),
             None,
         )
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to a float32 total, in one pass over it where they are float32. Mutates: total."""
+    if left.dtype is total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def chunks(hidden_SD: Tensor, labels_S: Tensor, head: Weight) -> list[tuple[Tensor, Tensor]]:
