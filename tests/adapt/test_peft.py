@@ -230,6 +230,21 @@ def test_what_is_no_matrix_of_floats_is_refused(tensor, folder):
         load(folder, LLAMA)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("part", ["A", "B"])
+def test_a_value_that_is_no_finite_number_is_refused_by_its_tensor_and_file(part, wrong, dtype, folder):
+    name = f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight"
+    matrix = torch.ones({"A": (4, 32), "B": (64, 4)}[part], dtype=dtype)
+    change_tensors(folder, **{name: matrix})
+    load(folder, LLAMA)  # the ones are taken
+    matrix[-1, -1] = wrong
+    change_tensors(folder, **{name: matrix})
+    says = rf"^BadFile: \S*/adapter/{WEIGHTS}: `{name}` has 1 of (128|256) values that are NaN or infinite\nhint: "
+    with pytest.raises(BadFile, match=says):
+        load(folder, LLAMA)
+
+
 def test_a_base_that_is_named_by_something_else_is_another_one(tmp_path):
     save_adapter(tmp_path / "adapter", adapt(tiny_decoder(LLAMA)), family=family_of_config(LLAMA), base_sha256=None)
     change(tmp_path / "adapter", **{BASE_KEY: [1]})

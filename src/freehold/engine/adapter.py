@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from freehold.adapt.lora import merge, unpack
 from freehold.adapt.peft import BASE_KEY, adapter_config, adapter_tensors, attach_peft
 from freehold.checkpoint.load import Progress, read_tensor
 from freehold.checkpoint.save import new_folder, save_checkpoint
-from freehold.checkpoint.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, StoredTensor, open_adapter
-from freehold.errors import BadInput, CheckpointMismatch
+from freehold.checkpoint.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Source, StoredTensor, open_adapter
+from freehold.errors import BadFile, BadInput, CheckpointMismatch
 from freehold.models.decoder import Decoder
 from freehold.models.families import Family
 from freehold.trust.identity import digest_files
@@ -59,7 +60,8 @@ def load_adapter(folder: Path, decoder: Decoder, *, family: Family, base_sha256:
     """Put the adapter of a folder beside a decoder's weights, and return what was found. Mutates: decoder.
 
     base_sha256: returns the digest of the decoder's weights; called where the adapter says for which it was made.
-    Raises: CheckpointMismatch where it was made for other weights, or its tensors do not fit; NotFound, BadFile.
+    Raises: CheckpointMismatch where it was made for other weights, or its tensors do not fit; BadFile where one holds
+        NaN or infinity, too; NotFound.
     """
     with open_adapter(folder) as source:
         config, notes = source.metadata, list[str]()
@@ -73,7 +75,7 @@ def load_adapter(folder: Path, decoder: Decoder, *, family: Family, base_sha256:
             )
         for name, tensor in source.tensors.items():
             _check_tensor(name, tensor)
-        tensors = {name: read_tensor(source, name, _dtype_of(t)) for name, t in source.tensors.items()}
+        tensors = {name: _read_matrix(source, tensor, folder) for name, tensor in source.tensors.items()}
         attach_peft(decoder, family, config=config, tensors=tensors)
     return AdapterReport(sha256=digest_files([folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS]), notes=tuple(notes))
 
@@ -90,6 +92,18 @@ def _check_tensor(name: str, tensor: StoredTensor) -> None:
         raise CheckpointMismatch(
             f"`{name}` is {tensor.format} {list(tensor.shape)}, wanted is a matrix of {', '.join(FORMATS)}"
         )
+
+
+def _read_matrix(source: Source, tensor: StoredTensor, folder: Path) -> Tensor:
+    """Return a matrix of an adapter, all of it finite numbers. Raises: BadFile."""
+    matrix = read_tensor(source, tensor.name, _dtype_of(tensor))
+    if not all(extreme.isfinite() for extreme in matrix.aminmax()):  # one pass; NaN is the least and the most
+        raise BadFile(
+            f"{folder / ADAPTER_WEIGHTS}: `{tensor.name}` has {int((~matrix.isfinite()).sum()):,} of "
+            f"{matrix.numel():,} values that are NaN or infinite",
+            hint="copy the file again, or take an adapter from before its training diverged",
+        )
+    return matrix
 
 
 def _dtype_of(tensor: StoredTensor) -> torch.dtype:
