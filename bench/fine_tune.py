@@ -113,7 +113,12 @@ def prepare(settings: FineTuneSettings, job: Path) -> float:
     model = load(settings.model, dtype="float32")
     text = model.text
     streams = open_streams(
-        settings.data, tokenizer=model.tokenizer, template=text.template, seed=settings.seed, note=print
+        settings.data,
+        tokenizer=model.tokenizer,
+        template=text.template,
+        max_positions=model.decoder.spec.max_positions,
+        seed=settings.seed,
+        note=print,
     )
     assert streams.held_out is not None, "the settings name what is held out"
     before = held_out_loss(model.decoder, streams.held_out)

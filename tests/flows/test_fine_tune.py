@@ -94,7 +94,12 @@ def witness_losses(model, batch, settings):
 def test_an_adapter_of_real_weights_learns_as_in_peft_and_foretells_what_it_was_not_shown(settings, folder):
     model = freehold.load(settings.model)
     streams = open_streams(
-        settings.data, tokenizer=model.tokenizer, template=model.text.template, seed=settings.seed, note=print
+        settings.data,
+        tokenizer=model.tokenizer,
+        template=model.text.template,
+        max_positions=model.decoder.spec.max_positions,
+        seed=settings.seed,
+        note=print,
     )
     before = held_out_loss(model.decoder, streams.held_out)
     wrap(model.decoder, settings.lora, seed=settings.seed)

@@ -13,7 +13,7 @@ from cli.folders import write_folder
 from freehold.checkpoint.load import open_described
 from freehold.checkpoint.text_side import load_text_side
 from freehold.errors import BadFile, BadInput, UnsupportedModel
-from freehold.recipes import pretrain, sft
+from freehold.recipes import lora, pretrain, sft
 from freehold.recipes.loop import Watch
 from freehold.recipes.metrics import read_metrics
 from freehold.recipes.settings import DataSettings
@@ -193,6 +193,30 @@ def test_tensorboard_is_written_where_it_is_wanted_and_refused_where_it_cannot(t
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(UnsupportedModel, match="tensorboardX is not installed"):
         pretrain.run(pretraining(tmp_path, tensorboard=True))
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "sft", "lora"])
+def test_a_sequence_that_is_longer_than_the_models_context_is_refused_before_the_first_step(recipe, tmp_path):
+    write_data(tmp_path)  # texts of 85 tokens and less, in sequences of 64
+    write_data(tmp_path, [{"text": "Short."}], name="short")
+
+    def run(context: int, **more) -> int:
+        config, name = LLAMA | BYTES | {"max_position_embeddings": context}, f"{context}{len(more)}"
+        given = pretraining(tmp_path, config, out=tmp_path / name, total=1, data=small_data(tmp_path, **more))
+        if recipe == "pretrain":
+            return pretrain.run(given).step
+        settings = {"sft": sft.SftSettings, "lora": lora.LoraRunSettings}[recipe]
+        base = write_folder(tmp_path / f"base-{name}", config)
+        same = {key: getattr(given, key) for key in ("out", "threads", "data", "schedule")}
+        return {"sft": sft.run, "lora": lora.run}[recipe](settings(model=str(base), **same)).step
+
+    with pytest.raises(BadInput, match="data has sequences of 64 tokens, the model's context is 63"):
+        run(63)
+    assert run(64) == 1
+    short = {"train": (tmp_path / "short",)}
+    assert run(32, **short) == 1  # what counts is how long sequences are, not how long they may be
+    with pytest.raises(BadInput, match="data has sequences of 64 tokens, the model's context is 32"):
+        run(32, **short, held_out=(tmp_path / "data",))
 
 
 QUESTION = "What is the capital of the Moon?"

@@ -72,13 +72,14 @@ def test_each_token_but_the_first_of_a_text_is_a_label_once(rows, tmp_path):
     sequences = Sequences(dataset, max_tokens=7)
     labels = torch.cat([sequences.example(number).labels_L for number in range(len(sequences))]).tolist()
     assert labels == [token for ids, _ in read_back(dataset) for token in ids[1:]]
-    assert max(map(sequences.length, range(len(sequences)))) == 7
+    assert max(map(sequences.length, range(len(sequences)))) == sequences.longest == 7
     assert sequences.num_tokens == sum(map(sequences.length, range(len(sequences))))
 
 
 def test_labels_of_a_conversation_are_those_of_its_mask(rows, tmp_path):
     dataset = build(rows[1:], tmp_path / "out")
     sequences = Sequences(dataset, max_tokens=1000)
+    assert sequences.longest == max(len(ids) - 1 for ids, _ in read_back(dataset)) < 1000
     for number, (ids, trained) in enumerate(read_back(dataset)):
         example = sequences.example(number)
         assert example.tokens_L.tolist() == ids[:-1]
@@ -95,6 +96,7 @@ def test_conversations_that_are_cut_or_lose_their_answers_are_counted(rows, tmp_
     assert (sequences.num_left_out, sequences.num_cut) == (left_out, cut)
     assert min(left_out, cut) > 0
     assert len(sequences) == len(documents) - left_out
+    assert sequences.longest == max(map(sequences.length, range(len(sequences)))) == limit
     for number in range(len(sequences)):
         assert (sequences.example(number).labels_L != IGNORED).any()
 

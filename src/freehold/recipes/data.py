@@ -34,12 +34,19 @@ class Streams:
 
 
 def open_streams(
-    settings: DataSettings, *, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int, note: Note
+    settings: DataSettings,
+    *,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    max_positions: int,
+    seed: int,
+    note: Note,
 ) -> Streams:
-    """Return the streams of a run whose model has this text side.
+    """Return the streams of a run whose model has this text side and this context.
 
     note: told of what is cut or left out.
-    Raises: BadInput for data of another model, and where nothing of it is trained on.
+    Raises: BadInput for data of another model, for a sequence that is longer than its context, as serving refuses it,
+        and where nothing is trained on.
     """
 
     def stream(folders: Sequence[Path], weights: Sequence[float | None], order_seed: int | None) -> Stream:
@@ -48,6 +55,7 @@ def open_streams(
             dataset = Dataset(folder)
             dataset.check_model(tokenizer, template)
             sequences = Sequences(dataset, settings.sequence_tokens)
+            _check_longest(sequences, folder, max_positions)
             if sequences.num_cut or sequences.num_left_out:
                 note(
                     f"{folder.name}: at {settings.sequence_tokens:,} tokens {sequences.num_cut:,} conversations are "
@@ -65,6 +73,16 @@ def open_streams(
         train=stream(settings.train, weights, seed if settings.shuffled else None),
         held_out=stream(held_out, (None,) * len(held_out), None) if held_out else None,
     )
+
+
+def _check_longest(sequences: Sequences, folder: Path, max_positions: int) -> None:
+    if sequences.longest > max_positions:
+        raise BadInput(
+            f"{folder.name} has sequences of {sequences.longest:,} tokens, the model's context is {max_positions:,}, "
+            "and nothing longer is served",
+            hint=f"data.sequence_tokens={max_positions} ends them there; a longer context is the config's "
+            "max_position_embeddings",
+        )
 
 
 def share_of(batch: Batch, processes: Processes) -> Batch:

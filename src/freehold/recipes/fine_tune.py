@@ -81,7 +81,12 @@ def begin(
             raise BadInput(f"{settings.model} has no tokenizer", hint="put its tokenizer.json beside the weights")
         begin_folder(settings.out)
         streams = open_streams(
-            settings.data, tokenizer=text.tokenizer, template=text.template, seed=settings.seed, note=note
+            settings.data,
+            tokenizer=text.tokenizer,
+            template=text.template,
+            max_positions=described.spec.max_positions,
+            seed=settings.seed,
+            note=note,
         )
         check_run(plan(described, settings, processes.count), device, processes)
         use_threads(settings)

@@ -102,7 +102,12 @@ def run(settings: PretrainSettings, watch: Watch = NOBODY, processes: Processes 
     begin_folder(settings.out)
     assert text.tokenizer is not None, "a folder without one was refused"
     streams = open_streams(
-        settings.data, tokenizer=text.tokenizer, template=text.template, seed=settings.seed, note=watch.note
+        settings.data,
+        tokenizer=text.tokenizer,
+        template=text.template,
+        max_positions=spec.max_positions,
+        seed=settings.seed,
+        note=watch.note,
     )
     check_run(plan_of(spec, settings, processes.count), device, processes)
     use_threads(settings)

@@ -80,13 +80,13 @@ class Sequences:
 
     The last token of a document is only a label: nothing follows it. A text that is longer becomes several sequences,
     one after the other, and each of its tokens but the first is a label once. A conversation that is longer is cut
-    (num_cut), and left out where its first answer lies behind the cut (num_left_out).
+    (num_cut), and left out where its first answer lies behind the cut (num_left_out). longest: tokens of the longest.
     """
 
     def __init__(self, dataset: Dataset, max_tokens: int) -> None:
         """Raises: BadInput where no sequence is left."""
         self._dataset, self.max_tokens = dataset, max_tokens
-        self.num_cut = self.num_left_out = self.num_tokens = 0
+        self.num_cut = self.num_left_out = self.num_tokens = self.longest = 0
         self._ends: list[Tensor] = []  # for each shard: sequences up to the end of each document
         starts = [0]
         for shard in dataset.shards:
@@ -130,6 +130,7 @@ class Sequences:
         self.num_cut += int((has_mask & ~is_left_out & (sizes > limit)).sum())
         self.num_left_out += int(is_left_out.sum())
         self.num_tokens += int(kept.sum())
+        self.longest = max(self.longest, min(int(kept.max()), limit))
         return ((kept + limit - 1) // limit).cumsum(0)
 
     def _place(self, number: int) -> tuple[tuple[Shard, bool], int, int]:
