@@ -13,7 +13,7 @@ from freehold.ops.moe import (
     mix_experts_reference,
     route,
     route_reference,
-    router_scores,
+    router_logits,
 )
 from models.forms import needs_kernels, on_threads, same_bits
 
@@ -52,7 +52,7 @@ DEFAULTS = {"num_groups": 1, "num_chosen_groups": 1, "normalize_weights": True, 
 def test_each_token_gets_the_experts_and_weights_of_the_loop(settings, dtype):
     hidden_TD, gate_ED = torch.randn(TOKENS, WIDTH).to(dtype), torch.randn(EXPERTS, WIDTH)
     correction_E = 0.3 * torch.randn(EXPERTS)
-    experts_TX, weights_TX = route(hidden_TD, gate_ED, correction_E, **(DEFAULTS | settings))
+    experts_TX, weights_TX = route(router_logits(hidden_TD, gate_ED), correction_E, **(DEFAULTS | settings))
     assert weights_TX.dtype is torch.float32
     for hidden_D, experts, weights in zip(hidden_TD, experts_TX.tolist(), weights_TX.tolist(), strict=True):
         expected = route_one(hidden_D, gate_ED, correction_E, **(DEFAULTS | settings))
@@ -62,7 +62,7 @@ def test_each_token_gets_the_experts_and_weights_of_the_loop(settings, dtype):
 def test_the_correction_chooses_and_does_not_weigh():
     hidden_TD, gate_ED = torch.randn(TOKENS, WIDTH), torch.randn(EXPERTS, WIDTH)
     settings = DEFAULTS | {"num_chosen": 1, "normalize_weights": False, "scale": 1.0}
-    experts_TX, weights_TX = route(hidden_TD, gate_ED, torch.eye(EXPERTS)[5] * 9.0, **settings)
+    experts_TX, weights_TX = route(router_logits(hidden_TD, gate_ED), torch.eye(EXPERTS)[5] * 9.0, **settings)
     assert experts_TX.flatten().tolist() == [5] * TOKENS
     torch.testing.assert_close(weights_TX[:, 0], torch.sigmoid(hidden_TD @ gate_ED[5]), **TOLERANCE)
 
@@ -70,8 +70,8 @@ def test_the_correction_chooses_and_does_not_weigh():
 def test_a_correction_around_a_large_offset_keeps_its_differences():
     hidden_TD, gate_ED, correction_E = torch.randn(TOKENS, WIDTH), torch.randn(EXPERTS, WIDTH), torch.rand(EXPERTS)
     settings = DEFAULTS | {"num_chosen": 3}
-    near = route(hidden_TD, gate_ED, correction_E, **settings)
-    assert torch.equal(near[0], route(hidden_TD, gate_ED, correction_E + 64.0, **settings)[0])
+    near = route(router_logits(hidden_TD, gate_ED), correction_E, **settings)
+    assert torch.equal(near[0], route(router_logits(hidden_TD, gate_ED), correction_E + 64.0, **settings)[0])
 
 
 def random_experts(width=WIDTH, inner=10, num_chosen=3):
@@ -197,12 +197,12 @@ def test_gradients_of_the_router_are_those_of_the_reference_in_float64(settings)
     hidden_TD, gate_ED = torch.randn(TOKENS, WIDTH), torch.randn(EXPERTS, WIDTH)
     correction_E = 0.3 * torch.randn(EXPERTS)
     inputs = [t.requires_grad_(True) for t in (hidden_TD, gate_ED)]
-    experts_TX, weights_TX = route(*inputs, correction_E, **(DEFAULTS | settings))
+    experts_TX, weights_TX = route(router_logits(*inputs), correction_E, **(DEFAULTS | settings))
     found = gradients_of(weights_TX, inputs)
     wide = [t.detach().double().requires_grad_(True) for t in inputs]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        expected_TX, wide_TX = route_reference(*wide, correction_E, **(DEFAULTS | settings))
+        expected_TX, wide_TX = route_reference(router_logits(*wide), correction_E, **(DEFAULTS | settings))
         expected = gradients_of(wide_TX, wide)
     assert torch.equal(experts_TX, expected_TX)
     for ours, theirs in zip(found, expected, strict=True):
@@ -229,8 +229,8 @@ def choices(experts_TX, spans):
 
 def random_choice(num_tokens):
     hidden_TD, gate_ED = torch.randn(num_tokens, WIDTH), torch.randn(EXPERTS, WIDTH)
-    experts_TX, _ = route(hidden_TD, gate_ED, torch.zeros(EXPERTS), **(DEFAULTS | {"num_chosen": 3}))
-    return router_scores(hidden_TD, gate_ED), experts_TX
+    experts_TX, _ = route(router_logits(hidden_TD, gate_ED), torch.zeros(EXPERTS), **(DEFAULTS | {"num_chosen": 3}))
+    return router_logits(hidden_TD, gate_ED).sigmoid(), experts_TX
 
 
 def test_the_balance_loss_is_that_of_each_sequence_times_its_tokens():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from freehold.models.decoder import Decoder
 from freehold.models.moe import Moe
+from freehold.ops.moe import router_logits
 from freehold.train.balance import all_blocks, correct_routers, count_choices, new_loads, worst_violation
 from freehold.train.batch import Batch
 from freehold.train.optim import Optimizer, OptimizerSettings
@@ -89,6 +90,21 @@ def test_counts_are_of_every_token_once():
     first, second, of_mtp = count_choices(loads)
     assert int(first.sum()) == int(second.sum()) == 3 * batch.layout.num_tokens
     assert int(of_mtp.sum()) == 0
+
+
+def test_a_load_is_one_product_of_the_router(monkeypatch):
+    (load, *_), mixer, products = new_loads(training(DEEP)), training(DEEP).blocks[0].mixer, []
+
+    def counted(*factors: Tensor) -> Tensor:
+        products.append(factors)
+        return router_logits(*factors)
+
+    monkeypatch.setattr("freehold.models.moe.router_logits", counted)
+    mixer.add_load(torch.randn(9, 32), batch_of((5, 4)).layout, load)
+    assert len(products) == 1
+    assert int(load.counts.sum()) == 3 * 9
+    load.balance.backward()
+    assert mixer.gate.weight.grad.count_nonzero()
 
 
 def test_blocks_below_a_frozen_router_are_corrected_too():

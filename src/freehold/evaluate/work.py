@@ -15,7 +15,7 @@ from freehold.models.decoder import Decoder
 from freehold.models.layout import Layout, State, kv_bytes_per_token, recurrent_bytes_per_sequence
 from freehold.models.moe import Moe
 from freehold.models.spec import BlockSpec, MoeSpec
-from freehold.ops.moe import route
+from freehold.ops.moe import route, router_logits
 
 HEADS = ("head", "embeddings and head")
 NOT_READ = ("embeddings", "mtp")  # one row of the table for each token; drafts are not made
@@ -90,8 +90,7 @@ def count_experts(block: nn.Module, hidden_TD: Tensor) -> int:
     assert isinstance(block.mixer, Moe), "only such a block has experts"
     mixer, spec = block.mixer, block.mixer.spec
     experts_TX, _ = route(
-        block.norm(hidden_TD),
-        mixer.gate.weight,
+        router_logits(block.norm(hidden_TD), mixer.gate.weight),
         mixer.gate.e_score_correction_bias,
         num_chosen=spec.num_chosen,
         num_groups=spec.num_groups,

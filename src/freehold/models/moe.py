@@ -8,7 +8,7 @@ from freehold.models.linear import Linear, float32_parameter
 from freehold.models.mlp import SquaredReluMlp
 from freehold.models.spec import MoeSpec
 from freehold.ops.mixers import Norm, Program, can_run
-from freehold.ops.moe import MAX_EXPERTS, balance_loss, count_chosen, mix_experts, route, router_scores
+from freehold.ops.moe import MAX_EXPERTS, balance_loss, count_chosen, mix_experts, route, router_logits
 from freehold.ops.native import inner_dtype
 from freehold.ops.weight import Weight
 
@@ -53,7 +53,7 @@ class Moe(nn.Module):
     def forward(self, hidden_TD: Tensor, layout: Layout, state: None) -> Tensor:
         """Return the mixed tokens [T, D]; each token on its own."""
         spec = self.spec
-        experts_TX, weights_TX = self._route(hidden_TD)
+        experts_TX, weights_TX = self._route(router_logits(hidden_TD, self.gate.weight))
         dtype = inner_dtype(hidden_TD)
         input_TZ = self.fc1_latent_proj(hidden_TD, dtype) if spec.latent_width else hidden_TD.to(dtype)
         mixed_TZ = self.experts(input_TZ, experts_TX, weights_TX)
@@ -62,12 +62,13 @@ class Moe(nn.Module):
 
     def add_load(self, hidden_TD: Tensor, layout: Layout, load: ExpertLoad) -> None:
         """Add what tokens ask of the experts, as the reference of the router chooses. Mutates: load."""
-        experts_TX, _ = self._route(hidden_TD)
-        scores_TE = router_scores(hidden_TD, self.gate.weight)
+        logits_TE = router_logits(hidden_TD, self.gate.weight)
+        experts_TX, _ = self._route(logits_TE.detach())
         load.counts = (
             load.counts + count_chosen(experts_TX, num_experts=self.spec.num_experts, spans=((0, len(experts_TX)),))[0]
         )
-        load.balance = load.balance + balance_loss(scores_TE, self._choices(experts_TX, layout), spans=layout.spans)
+        choices_BE = self._choices(experts_TX, layout)
+        load.balance = load.balance + balance_loss(logits_TE.sigmoid(), choices_BE, spans=layout.spans)
 
     def _choices(self, experts_TX: Tensor, layout: Layout) -> Tensor:
         """Return how often each sequence, all of it, chose each expert, int64 [B, E]."""
@@ -105,11 +106,10 @@ class Moe(nn.Module):
             latent_out=latent_out,
         )
 
-    def _route(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def _route(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         spec = self.spec
         return route(
-            hidden_TD,
-            self.gate.weight,
+            logits_TE,
             self.gate.e_score_correction_bias,
             num_chosen=spec.num_chosen,
             num_groups=spec.num_groups,

@@ -18,9 +18,16 @@ from freehold.ops.weight import Weight, dense, matrix_at, matrix_of
 MAX_EXPERTS = 1024  # that kernels take, as native/mixers.h says
 
 
+def router_logits(hidden_TD: Tensor, gate_ED: Tensor) -> Tensor:
+    """Return how well each expert suits each token, [T, E]: any number, its sigmoid the score.
+
+    Precision: float32, for the correction of scores sits near a large common offset that bfloat16 would erase.
+    """
+    return linear(hidden_TD.float(), gate_ED.float())
+
+
 def route_reference(
-    hidden_TD: Tensor,
-    gate_ED: Tensor,
+    logits_TE: Tensor,
     correction_E: Tensor,
     *,
     num_chosen: int,
@@ -31,16 +38,15 @@ def route_reference(
 ) -> tuple[Tensor, Tensor]:
     """Return the chosen experts of each token and their weights.
 
-        scores = sigmoid(hidden @ gate.T);  choice = the num_chosen largest of scores + correction
+        scores = sigmoid(logits);  choice = the num_chosen largest of scores + correction
         weights = scores[choice] / (their sum + 1e-20) * scale
 
     The correction decides only who is chosen. A group's rank is the sum of its two best corrected scores; experts
     outside the num_chosen_groups best groups are not eligible.
 
     Shapes: experts [T, X] int64, weights [T, X] float32.
-    Precision: float32, for the correction sits near a large common offset that bfloat16 would erase.
     """
-    scores_TE = router_scores(hidden_TD, gate_ED)
+    scores_TE = logits_TE.sigmoid()
     corrected_TE = scores_TE + correction_E.float()
     if num_groups > 1:
         corrected_TE = _keep_best_groups(corrected_TE, num_groups, num_chosen_groups)
@@ -52,8 +58,7 @@ def route_reference(
 
 
 def route(
-    hidden_TD: Tensor,
-    gate_ED: Tensor,
+    logits_TE: Tensor,
     correction_E: Tensor,
     *,
     num_chosen: int,
@@ -66,11 +71,10 @@ def route(
 
     Its bits are those of a whole block that the kernels run. The choice has no gradient, the weights have one.
     """
-    are_native = all(is_native(weight) and weight.dtype is torch.float32 for weight in (gate_ED, correction_E))
-    if kernels() is None or not are_native or not hidden_TD.is_cpu or len(gate_ED) > MAX_EXPERTS:
+    are_native = all(is_native(tensor) and tensor.dtype is torch.float32 for tensor in (logits_TE, correction_E))
+    if kernels() is None or not are_native or len(correction_E) > MAX_EXPERTS:
         return route_reference(
-            hidden_TD,
-            gate_ED,
+            logits_TE,
             correction_E,
             num_chosen=num_chosen,
             num_groups=num_groups,
@@ -78,7 +82,6 @@ def route(
             normalize_weights=normalize_weights,
             scale=scale,
         )
-    logits_TE = linear(hidden_TD.float(), gate_ED)
     settings = (num_chosen, num_groups, num_chosen_groups, normalize_weights, scale)
     experts_TX, weights_TX = _Choice.apply(logits_TE, correction_E, *settings)  # type: ignore[no-untyped-call]
     return experts_TX, weights_TX
@@ -131,11 +134,6 @@ class _Choice(torch.autograd.Function):
             of_chosen_TX = (of_chosen_TX - along_T1) / total_T1
         of_chosen_TX = of_chosen_TX * chosen_TX * (1 - chosen_TX)
         return torch.zeros_like(scores_TE).scatter_(1, experts_TX, of_chosen_TX), *(None for _ in range(6))
-
-
-def router_scores(hidden_TD: Tensor, gate_ED: Tensor) -> Tensor:
-    """Return how well each expert suits each token, [T, E] between 0 and 1, float32."""
-    return torch.sigmoid(linear(hidden_TD.float(), gate_ED.float()))
 
 
 def count_chosen(experts_TX: Tensor, *, num_experts: int, spans: Sequence[tuple[int, int]]) -> Tensor:
