@@ -11,6 +11,7 @@ from freehold.checkpoint.load import load_decoder, open_described
 # isort: split
 import torch
 
+from freehold.ops.native import keep_freed_memory
 from freehold.train.batch import Batch, Example
 from freehold.train.optim import Optimizer, OptimizerSettings, train_all
 from freehold.train.step import Objective, train_step
@@ -21,6 +22,7 @@ LEARNING_RATE = 1e-4
 def open_engine(path: Path, *, weights: str, num_threads: int) -> "TrainingEngine":
     """Return the engine. path: a Hugging Face folder. weights: a dtype."""
     torch.set_num_threads(num_threads)
+    keep_freed_memory()
     return TrainingEngine(path, getattr(torch, weights))
 
 

@@ -244,6 +244,13 @@ void call_sum_chosen(const Kernels& form, int num_threads, Address results, Addr
                   num_chosen, width, at<float>(out), num_threads);
 }
 
+void call_squares_gradient(const Kernels& form, int num_threads, Address squares, Address weights, std::size_t num_rows,
+                           std::size_t width, Address out, Address of_weights) {
+  nb::gil_scoped_release unlocked;
+  form.squares_gradient(at<const float>(squares), at<const float>(weights), num_rows, width, at<float>(out),
+                        at<float>(of_weights), num_threads);
+}
+
 void run_program(const Program& program, const Kernels& form, int num_threads, Address hidden, bool is_bfloat16,
                  std::size_t num_tokens, std::size_t width, const Batch& batch) {
   const Residual residual{at(hidden), element(is_bfloat16), num_tokens, width, {}};
@@ -349,6 +356,7 @@ NB_MODULE(_kernels, module) {
       .def("mamba2_gradient", &call_mamba2_gradient)
       .def("choose_experts", &call_choose_experts)
       .def("sum_chosen", &call_sum_chosen)
+      .def("squares_gradient", &call_squares_gradient)
       .def("norm_gradient", &call_norm_gradient)
       .def("activate", &call_activate)
       .def("activation_gradient", &call_activation_gradient)
@@ -362,5 +370,6 @@ NB_MODULE(_kernels, module) {
   module.def("packed_bytes", &packed_bytes);
   module.def("pack", &pack);
   module.def("place_weights", [](Address begin, std::size_t num_bytes) { place_weights(at(begin), num_bytes); });
+  module.def("keep_freed_memory", &keep_freed_memory);
   module.def("unpack_rows", &unpack_rows);
 }

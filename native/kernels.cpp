@@ -92,7 +92,7 @@ void linear(const Linear& call, int num_threads) {
 const Kernels& kernels() {
   static const Kernels mine{FREEHOLD_QUOTED(FREEHOLD_FORM), rms_norm, embed, linear, sample,
                             mlp, attention_mixer, mamba2_mixer, mamba2_inner, mamba2_gradient, moe,
-                            choose_experts, sum_chosen, norm_gradient, activate,
+                            choose_experts, sum_chosen, squares_gradient, norm_gradient, activate,
                             activation_gradient, cross_entropy, attention_inner, attention_gradient,
                             multiply_in_registers, read_memory};
   return mine;

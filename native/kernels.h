@@ -24,6 +24,8 @@ struct Kernels {
                          int num_threads);
   void (*sum_chosen)(const float* results, const std::int32_t* places, const float* weights, std::size_t num_tokens,
                      int num_chosen, std::size_t width, float* out, int num_threads);
+  void (*squares_gradient)(const float* squares, const float* weights, std::size_t num_rows, std::size_t width,
+                           float* out, float* of_weights, int num_threads);
   void (*norm_gradient)(const NormGradient&, int num_threads);
   void (*activate)(const Activation&, float* out, int num_threads);
   void (*activation_gradient)(const Activation&, const float* out, float* gate, float* up, int num_threads);

@@ -1,12 +1,16 @@
 #include "memory.h"
 
 #include <sys/mman.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 #ifdef __linux__
 #include <linux/mempolicy.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
+#include <climits>
 #include <cstdint>
 
 namespace freehold {
@@ -35,6 +39,13 @@ void place_weights(void* begin, std::size_t num_bytes) {
   madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif
   interleave(reinterpret_cast<void*>(first), end - first);
+}
+
+void keep_freed_memory() {
+#ifdef M_MMAP_THRESHOLD
+  mallopt(M_MMAP_THRESHOLD, INT_MAX);
+  mallopt(M_TRIM_THRESHOLD, INT_MAX);
+#endif
 }
 
 }  // namespace freehold

@@ -1,4 +1,4 @@
-// Where weights lie: in large pages, and on all memory nodes of the machine alike.
+// What the system is asked about memory: weights in large pages on all nodes alike, and no memory back that is wanted again.
 #pragma once
 
 #include <cstddef>
@@ -7,5 +7,9 @@ namespace freehold {
 
 // Asks this for a piece of memory that nothing was written to yet. A system that refuses changes nothing but the speed.
 void place_weights(void* begin, std::size_t num_bytes);
+
+// Keeps what is freed from now on for this process, up to 2 GiB at a time. A step of training frees and wants the same
+// hundreds of megabytes each time, and the system would clear every page of it again.
+void keep_freed_memory();
 
 }  // namespace freehold

@@ -293,4 +293,21 @@ void sum_chosen(const float* results, const std::int32_t* places, const float* w
   });
 }
 
+void squares_gradient(const float* squares, const float* weights, std::size_t num_rows, std::size_t width, float* out,
+                      float* of_weights, int num_threads) {
+  run_team(num_threads, [&](Team& team, int) {
+    for_each(team, num_rows, grain_of(team, num_rows), [&](std::size_t row) {
+      const F32 twice = splat(2.0f * weights[row]);
+      F32 sum = splat(0.0f);
+      for (std::size_t i = 0; i < width; i += LANES) {
+        const std::size_t count = width - i < LANES ? width - i : LANES, at = row * width + i;
+        const F32 square = load_first(squares + at, count), given = load_first(out + at, count);
+        sum = fma(square, given, sum);
+        store_first(out + at, square_root(square) * given * twice, count);
+      }
+      of_weights[row] = sum_of_lanes(sum);
+    });
+  });
+}
+
 }  // namespace freehold::FREEHOLD_FORM

@@ -16,4 +16,9 @@ void choose_experts(const Moe& router, float* logits, std::size_t num_tokens, st
 void sum_chosen(const float* results, const std::int32_t* places, const float* weights, std::size_t num_tokens,
                 int num_chosen, std::size_t width, float* out, int num_threads);
 
+// The gradient of relu(x) ** 2 [rows, width] that counts `weight` times for each row: `out`, the gradient of what it
+// counts for, becomes that of x; of_weights [rows] are written.
+void squares_gradient(const float* squares, const float* weights, std::size_t num_rows, std::size_t width, float* out,
+                      float* of_weights, int num_threads);
+
 }  // namespace freehold::FREEHOLD_FORM

@@ -246,53 +246,55 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input_TZ: Tensor, experts_TX: Tensor, weights_TX: Tensor, up: Weight, down: Weight) -> Tensor:
-        form, (num_tokens, num_chosen) = kernels(), experts_TX.shape
-        assert form is not None, "the caller has asked"
         order_S, counts = _by_expert(experts_TX, up.shape[0])
-        input_SZ = input_TZ[order_S // num_chosen]
+        input_SZ = input_TZ.index_select(0, order_S // experts_TX.shape[1])
         inner_SF, results_SZ = input_SZ.new_empty(len(order_S), up.shape[1]), torch.empty_like(input_SZ)
         for up_FZ, rows_SZ, out_SF in _each(counts, up, input_SZ, inner_SF):
             write_product(rows_SZ, up_FZ, out_SF)
-        inner_SF.relu_().square_()
+        _native("activate", 0, inner_SF, inner_SF.numel(), inner_SF)
         for down_ZF, rows_SF, out_SZ in _each(counts, down, inner_SF, results_SZ):
             write_product(rows_SF, down_ZF, out_SZ)
-        places_TX = torch.empty_like(order_S, dtype=torch.int32)
-        places_TX[order_S] = torch.arange(len(order_S), dtype=torch.int32)
-        weights_TX, out_TZ = weights_TX.contiguous(), torch.empty_like(input_TZ)
-        form.sum_chosen(
-            torch.get_num_threads(),
-            *(tensor.data_ptr() for tensor in (results_SZ, places_TX, weights_TX)),
-            num_tokens,
-            num_chosen,
-            input_TZ.shape[1],
-            out_TZ.data_ptr(),
-        )
+        places_TX = torch.empty_like(experts_TX, dtype=torch.int32)
+        places_TX.view(-1)[order_S] = torch.arange(len(order_S), dtype=torch.int32)
+        weights_TX = weights_TX.contiguous()
         plain = [weight if isinstance(weight, Tensor) else None for weight in (up, down)]
-        ctx.save_for_backward(input_TZ, inner_SF, order_S, weights_TX, *plain)
+        ctx.save_for_backward(input_TZ, inner_SF, order_S, places_TX, weights_TX, *plain)
         ctx.counts, ctx.packed = counts, (up, down) if plain == [None, None] else None
-        return out_TZ
+        return _summed_over_choices(results_SZ, places_TX, weights_TX)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        input_TZ, inner_SF, order_S, weights_TX, *plain = ctx.saved_tensors
+        input_TZ, inner_SF, order_S, places_TX, weights_TX, *plain = ctx.saved_tensors
         (out_TZ,), counts, (up, down) = gradients, ctx.counts, ctx.packed or plain
         *_, wants_up, wants_down = ctx.needs_input_grad
         tokens_S = order_S // weights_TX.shape[1]
-        out_SZ, weights_S1 = out_TZ[tokens_S], weights_TX.flatten()[order_S, None]
-        of_inner_SF = torch.empty_like(inner_SF)
+        out_SZ, weights_S = out_TZ.index_select(0, tokens_S), weights_TX.flatten()[order_S]
+        of_inner_SF, of_weights_S = torch.empty_like(inner_SF), torch.empty_like(weights_S)
         for down_ZF, rows_SZ, to_SF in _each(counts, down, out_SZ, of_inner_SF):
             torch.mm(rows_SZ, dense(down_ZF, torch.float32), out=to_SF)
-        of_weights_S = (of_inner_SF * inner_SF).sum(dim=-1)
-        of_up_SF = inner_SF.sqrt().mul_(of_inner_SF).mul_(2 * weights_S1)
-        out_SZ.mul_(weights_S1)
+        _native("squares_gradient", inner_SF, weights_S, *inner_SF.shape, of_inner_SF, of_weights_S)
+        of_up_SF = of_inner_SF  # which it has become
+        out_SZ.mul_(weights_S[:, None])
         of_down_EZF = _summed(counts, out_SZ, inner_SF, down) if wants_down else None
-        of_up_EFZ = _summed(counts, of_up_SF, input_TZ[tokens_S], up) if wants_up else None
+        of_up_EFZ = _summed(counts, of_up_SF, input_TZ.index_select(0, tokens_S), up) if wants_up else None
         of_input_SZ = out_SZ  # whose values are no longer wanted
         for up_FZ, rows_SF, to_SZ in _each(counts, up, of_up_SF, of_input_SZ):
             torch.mm(rows_SF, dense(up_FZ, torch.float32), out=to_SZ)
-        of_input_TXZ = torch.empty_like(of_input_SZ).index_copy_(0, order_S, of_input_SZ).unflatten(0, weights_TX.shape)
-        of_weights_TX = torch.empty_like(of_weights_S).index_copy_(0, order_S, of_weights_S).view_as(weights_TX)
-        return of_input_TXZ.sum(dim=1), None, of_weights_TX, of_up_EFZ, of_down_EZF
+        of_input_TZ = _summed_over_choices(of_input_SZ, places_TX, torch.ones_like(weights_TX))
+        return of_input_TZ, None, of_weights_S[places_TX.long()], of_up_EFZ, of_down_EZF
+
+
+def _native(name: str, *arguments: Tensor | int) -> None:
+    """Call a kernel with the addresses of tensors."""
+    addresses = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+    getattr(kernels(), name)(torch.get_num_threads(), *addresses)
+
+
+def _summed_over_choices(results_SZ: Tensor, places_TX: Tensor, weights_TX: Tensor) -> Tensor:
+    """Return the weighted sum [T, Z] of each token's results, which lie at these places."""
+    out_TZ = results_SZ.new_empty(len(places_TX), results_SZ.shape[1])
+    _native("sum_chosen", results_SZ, places_TX, weights_TX, *places_TX.shape, results_SZ.shape[1], out_TZ)
+    return out_TZ
 
 
 def _each(counts: Sequence[int], weights: Weight, *rows: Tensor) -> Iterator[tuple[Any, ...]]:

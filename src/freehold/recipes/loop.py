@@ -16,7 +16,7 @@ import torch
 from freehold.engine.machine import usable_threads
 from freehold.errors import BadInput
 from freehold.models.decoder import Decoder
-from freehold.ops.native import native_report
+from freehold.ops.native import keep_freed_memory, native_report
 from freehold.parallel.checkpoint import Saver
 from freehold.parallel.data import shard
 from freehold.parallel.model import Divided, divide_model
@@ -77,6 +77,7 @@ def train(
     Raises: BadInput where the folder holds another run, or something else; Diverged.
     """
     torch.manual_seed(settings.seed)
+    keep_freed_memory()
     for block in all_blocks(decoder):
         block.recomputes = settings.recompute
     begin_folder(settings.out)

@@ -52,6 +52,15 @@ def native_report() -> str:
             return mode if mode in forms() else "off"
 
 
+def keep_freed_memory() -> None:
+    """Have this process keep what it frees, as whoever trains wants it: each step asks for the same memory again.
+
+    Nothing happens where memory is not glibc's, or there is no extension.
+    """
+    if extension():
+        extension().keep_freed_memory()
+
+
 def is_native(tensor: Tensor) -> bool:
     """Return whether kernels can take a tensor as it is: on the CPU, float32 or bfloat16, contiguous."""
     return tensor.is_cpu and tensor.dtype in (torch.float32, torch.bfloat16) and tensor.is_contiguous()
