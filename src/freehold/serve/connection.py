@@ -8,14 +8,14 @@ exceed. Bodies that are read have their limits in limits.py.
 import asyncio
 import signal
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from freehold.engine.engine import Engine
 
@@ -39,6 +39,7 @@ class Connection(HttpToolsProtocol):
     _num_unread = 0  # bytes that came since the last end of a head, of a request, or of a piece of a body
     _deadline: asyncio.TimerHandle | None = None
     _taking: asyncio.TimerHandle | None = None
+    _answered: RequestResponseCycle | None = None  # the request that is answered now; uvicorn's `cycle` came last
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin."""
@@ -102,6 +103,22 @@ class Connection(HttpToolsProtocol):
         self._stop_watch()
         self._stop_watch_taking()
         super().connection_lost(exc)
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Callable[..., Awaitable[None]]) -> None:
+        self._answered = cycle
+
+        async def answer(scope: Any, receive: Any, send: Any) -> None:
+            async def send_while_open(message: Any) -> None:
+                # uvicorn hears of a lost connection once the loop is free; asyncio warns of each write until then.
+                cycle.disconnected = cycle.disconnected or self.transport.is_closing()
+                await send(message)
+
+            await app(scope, receive, send_while_open)
+
+        super()._start_asgi_task(cycle, answer)
 
     def _watch(self) -> None:
         """Keep a deadline while all waits for the client; more bytes do not move it."""
