@@ -11,6 +11,7 @@ import sys
 # Threads that wait should sleep: where another process is busy, spinning ones make these small models ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch, which reads it once
 
+import httpx
 import numpy
 import pytest
 import torch
@@ -20,6 +21,9 @@ import freehold.ops
 from shapes import check_shapes
 
 torch.set_num_threads(2)
+
+# httpx gives up after five seconds, and no test is about that: a machine that others use may take longer for an answer.
+httpx._config.DEFAULT_TIMEOUT_CONFIG.read = 300.0
 
 # A shell starts what it puts in the background with Ctrl-C ignored, and commands under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

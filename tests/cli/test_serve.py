@@ -54,15 +54,18 @@ def test_a_server_says_where_it_is_answers_and_stops_when_told(folder):
 def test_an_answer_that_runs_ends_before_the_server_does_and_a_new_one_is_refused(folder):
     with serving(folder, "--port", 0, "--memory", 2) as process:
         url = address_of(process)
-        body = {"model": "tiny", "max_tokens": 600, "stream": True} | HELLO
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=TIMEOUT_S) as response:
-            lines = response.iter_lines()
-            next(lines)
-            process.send_signal(signal.SIGTERM)
-            while httpx.get(f"{url}/ready").status_code == 200:
-                pass
-            refused = httpx.post(f"{url}/v1/chat/completions", json={"model": "tiny"} | HELLO, timeout=TIMEOUT_S)
-            rest = list(lines)
+        # Long enough for the requests within it, on a busy machine too.
+        body = {"model": "tiny", "max_tokens": 2000, "stream": True} | HELLO
+        with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
+            assert client.get("/ready").status_code == 200
+            with client.stream("POST", "/v1/chat/completions", json=body) as response:
+                lines = response.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGTERM)
+                while client.get("/ready").status_code == 200:
+                    pass
+                refused = client.post("/v1/chat/completions", json={"model": "tiny"} | HELLO)
+                rest = list(lines)
         assert refused.status_code == 503
         assert rest[-2:] == ["data: [DONE]", ""]
         assert sum('"content"' in line for line in rest) > 100

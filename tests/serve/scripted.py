@@ -16,7 +16,7 @@ class ScriptedAnswers:
     """Stands for serve.answers.Answers: checks conversations as templates do, and answers with the deltas it was given.
 
     An exception among them is raised in its turn; None stands for an answer that does not go on. chats, options: what
-    was asked. closed: set when an answer has ended, in whatever way.
+    was asked. begun, closed: set when an answer has begun, and when it has ended, in whatever way.
     """
 
     model_name = "scripted"
@@ -26,7 +26,7 @@ class ScriptedAnswers:
         self.script, self.reasons = script, reasons
         self.chats: list[Chat] = []
         self.options: list[Options] = []
-        self.closed = threading.Event()
+        self.begun, self.closed = threading.Event(), threading.Event()
 
     async def read_chat(self, chat: Chat) -> Prompt:
         checked_messages(chat.messages)
@@ -38,6 +38,7 @@ class ScriptedAnswers:
         self, asked: Sequence[tuple[Prompt, Options]], caller: Caller
     ) -> AsyncGenerator[tuple[int, Delta], None]:
         self.options += [options for _, options in asked]
+        self.begun.set()
         try:
             for delta in self.script:
                 if delta is None:

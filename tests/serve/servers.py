@@ -1,11 +1,15 @@
 """The whole server behind a real socket, for tests: one engine for each model file, kept for all tests of a run."""
 
 import atexit
+import http.client
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 from openai import OpenAI
 
@@ -60,3 +64,12 @@ def wait_for(condition: Callable[[], bool]) -> None:
             return
         time.sleep(0.01)
     raise AssertionError("it did not come to hold")
+
+
+def ask_and_leave(url: str, body: dict[str, Any], *, has_begun: Callable[[], bool]) -> None:
+    """Ask for an answer, and go away as soon as it has begun, without waiting for anything of it."""
+    address = urlsplit(url)
+    client = http.client.HTTPConnection(address.netloc, timeout=60)
+    client.request("POST", address.path, json.dumps(body), {"Content-Type": "application/json"})
+    wait_for(has_begun)
+    client.close()

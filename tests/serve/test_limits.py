@@ -7,6 +7,7 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -18,15 +19,13 @@ from freehold.serve.connection import Connection
 from freehold.serve.limits import Limited, Limits, refuse_shape
 from serve.listening import exchange, listening, read_to_end
 
-LIMITS = Limits(
-    body_bytes=1000, json_depth=4, json_values=50, num_headers=20, header_bytes=2000, target_bytes=200, body_s=0.3
-)
+LIMITS = Limits(body_bytes=1000, json_depth=4, json_values=50, num_headers=20, header_bytes=2000, target_bytes=200)
 POST = b"POST /echo HTTP/1.1\r\nHost: localhost\r\n"
 NO_LIMIT = 10**9
 
 
 class Impatient(Connection):
-    """A connection with a short deadline, for tests that wait for it."""
+    """A connection with a short deadline, for tests that wait for it; others would miss it on a busy machine."""
 
     head_s = 0.3
     discard_s = 0.3
@@ -43,9 +42,9 @@ def make_app(limits: Limits) -> Limited:
 
 
 @contextmanager
-def client_with(limits: Limits) -> Iterator[httpx.Client]:
+def client_with(limits: Limits, http: type[Connection]) -> Iterator[httpx.Client]:
     with (
-        listening(make_app(limits), http=Impatient, timeout_keep_alive=1000) as port,
+        listening(make_app(limits), http=http, timeout_keep_alive=1000) as port,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client,
     ):
         yield client
@@ -53,7 +52,14 @@ def client_with(limits: Limits) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    with client_with(LIMITS) as client:
+    with client_with(LIMITS, Connection) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def hurried() -> Iterator[httpx.Client]:
+    """A client of a server with short deadlines."""
+    with client_with(replace(LIMITS, body_s=0.3), Impatient) as client:
         yield client
 
 
@@ -101,22 +107,22 @@ def test_who_waits_for_100_continue_gets_the_refusal_instead(client):
         assert sender.recv(65536).startswith(b"HTTP/1.1 413 ")
 
 
-def test_an_endless_body_is_cut(client):
-    with socket.create_connection(("127.0.0.1", port_of(client)), timeout=60) as sender:
+def test_an_endless_body_is_cut(hurried):
+    with socket.create_connection(("127.0.0.1", port_of(hurried)), timeout=60) as sender:
         sender.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n")
         piece = b"400\r\n" + b"x" * 1024 + b"\r\n"
         with pytest.raises((BrokenPipeError, ConnectionResetError)):
             send_without_end(sender, piece)
 
 
-def test_a_body_that_does_not_come_is_given_up(client):
-    answer = exchange(port_of(client), POST + b"Content-Length: 10\r\n\r\n", b"123")
+def test_a_body_that_does_not_come_is_given_up(hurried):
+    answer = exchange(port_of(hurried), POST + b"Content-Length: 10\r\n\r\n", b"123")
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b"connection: close" in answer.lower()
 
 
-def test_a_body_in_drops_is_given_up_too(client):
-    with socket.create_connection(("127.0.0.1", port_of(client)), timeout=0.02) as sender:
+def test_a_body_in_drops_is_given_up_too(hurried):
+    with socket.create_connection(("127.0.0.1", port_of(hurried)), timeout=0.02) as sender:
         sender.sendall(POST + b"Content-Length: 900\r\n\r\n")
         answer = b""
         while not answer:  # ends with the answer: each drop comes long before a deadline that only idling would pass
@@ -129,30 +135,35 @@ def test_a_body_in_drops_is_given_up_too(client):
 
 
 @pytest.mark.parametrize("drops", [b"", b"GET / HT", b"GET /echo HTTP/1.1\r\nHost: localhost\r\nX-A: "])
-def test_a_head_that_does_not_end_is_cut(client, drops):
-    assert exchange(port_of(client), drops) == b""
+def test_a_head_that_does_not_end_is_cut(hurried, drops):
+    assert exchange(port_of(hurried), drops) == b""
 
 
-def test_a_head_in_drops_is_cut_too(client):
-    with socket.create_connection(("127.0.0.1", port_of(client)), timeout=60) as sender:
+def test_a_head_in_drops_is_cut_too(hurried):
+    with socket.create_connection(("127.0.0.1", port_of(hurried)), timeout=60) as sender:
         sender.sendall(b"GET /echo HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
         with pytest.raises((BrokenPipeError, ConnectionResetError)):
             send_without_end(sender, b"x", pause_s=0.02)
 
 
-def test_slow_clients_do_not_keep_others_waiting(client):
-    slow = [socket.create_connection(("127.0.0.1", port_of(client)), timeout=60) for _ in range(100)]
-    for index, sender in enumerate(slow):
-        sender.sendall(POST + (b"Content-Length: 10\r\n\r\n1" if index % 2 else b"X-A: "))
-    assert client.post("/echo", content=b"x").json() == {"num_bytes": 1}
-    for index, sender in enumerate(slow):
-        assert read_to_end(sender).startswith(b"HTTP/1.1 408 ") == bool(index % 2)
-        sender.close()
+def test_slow_clients_do_not_keep_others_waiting():
+    class Calm(Connection):
+        head_s = 2.0  # what is sent right after connecting comes before it, on a busy machine too
+
+    slow = []
+    with client_with(replace(LIMITS, body_s=2.0), Calm) as client:
+        for index in range(100):
+            slow.append(socket.create_connection(("127.0.0.1", port_of(client)), timeout=60))
+            slow[-1].sendall(POST + (b"Content-Length: 10\r\n\r\n1" if index % 2 else b"X-A: "))
+        assert client.post("/echo", content=b"x").json() == {"num_bytes": 1}
+        for index, sender in enumerate(slow):
+            assert read_to_end(sender).startswith(b"HTTP/1.1 408 ") == bool(index % 2)
+            sender.close()
 
 
-def test_a_second_request_on_a_connection_has_a_deadline_of_its_own(client):
+def test_a_second_request_on_a_connection_has_a_deadline_of_its_own(hurried):
     whole = POST + b"Content-Length: 1\r\n\r\nx"
-    answers = exchange(port_of(client), whole + whole, POST)
+    answers = exchange(port_of(hurried), whole + whole, POST)
     assert answers.count(b"HTTP/1.1 200 ") == 2
     assert answers.count(b"HTTP/1.1 ") == 2
 
@@ -188,9 +199,9 @@ def test_what_is_no_body_is_not_read_for_ever(client, begun):
             send_without_end(sender, b"a" * 1000)
 
 
-def test_trailers_are_no_headers(client):
+def test_trailers_are_no_headers(hurried):
     trailers = b"0\r\n" + b"X-A: a\r\n" * 50 + b"\r\n"
-    answer = exchange(port_of(client), POST + b"Transfer-Encoding: chunked\r\n\r\n" + trailers, POST)
+    answer = exchange(port_of(hurried), POST + b"Transfer-Encoding: chunked\r\n\r\n" + trailers, POST)
     assert answer.startswith(b"HTTP/1.1 200 ")
 
 
@@ -199,8 +210,8 @@ def test_requests_before_any_answer_are_few(client):
     assert answers.count(b"HTTP/1.1 400 ") == 1
 
 
-def test_line_ends_between_requests_do_not_hold_a_connection(client):
-    with socket.create_connection(("127.0.0.1", port_of(client)), timeout=60) as sender:
+def test_line_ends_between_requests_do_not_hold_a_connection(hurried):
+    with socket.create_connection(("127.0.0.1", port_of(hurried)), timeout=60) as sender:
         sender.sendall(POST + b"Content-Length: 0\r\n\r\n")
         assert sender.recv(65536).startswith(b"HTTP/1.1 200 ")
         with pytest.raises((BrokenPipeError, ConnectionResetError)):

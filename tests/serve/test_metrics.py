@@ -52,8 +52,9 @@ def ask(url: str, **options) -> None:
 
 def test_answers_are_counted_under_both_names(url):
     ask(url)
-    before = samples(url)
+    before, answered = samples(url), ("freehold_http_requests_total", "/v1/chat/completions", "200")
     ask(url, stream=True, n=2)
+    wait_for(lambda: samples(url)[answered] > before[answered])  # a request is counted when its answer has gone out
     after = samples(url)
     assert {name for name, *_ in after} >= NAMES
 
@@ -65,7 +66,7 @@ def test_answers_are_counted_under_both_names(url):
     assert gained("vllm:prompt_tokens_total", MODEL_NAME) == gained("freehold_prompt_tokens_total", MODEL_NAME) > 0
     assert gained("vllm:request_success_total", "length", MODEL_NAME) == 2
     assert gained("vllm:time_to_first_token_seconds_count", MODEL_NAME) == 2
-    assert gained("freehold_http_requests_total", "/v1/chat/completions", "200") == 1
+    assert gained(*answered) == 1
 
 
 def test_labels_hold_nothing_that_a_client_sent(url):
