@@ -46,6 +46,14 @@ for found in pkgutil.iter_modules(freehold.ops.__path__, "freehold.ops."):
     if not found.ispkg:
         check_shapes(importlib.import_module(found.name))
 
+# Files whose tests take minutes each. They begin first: one that began last would leave the other processes idle.
+LONG = ("test_sanitized.py", "test_real_weights.py", "test_peft.py", "test_perplexity.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put what takes long before all else, each in the order that it had. Mutates: items."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
