@@ -1,6 +1,7 @@
 """Freehold's training step as the benchmark runs it, on rows packed into one batch."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from engine_process import Prompt
@@ -11,6 +12,7 @@ from freehold.checkpoint.load import load_decoder, open_described
 # isort: split
 import torch
 
+from freehold.models.decoder import Decoder
 from freehold.ops.native import keep_freed_memory
 from freehold.train.batch import Batch, Example
 from freehold.train.optim import Optimizer, OptimizerSettings, train_all
@@ -21,9 +23,7 @@ LEARNING_RATE = 1e-4
 
 def open_engine(path: Path, *, weights: str, num_threads: int) -> "TrainingEngine":
     """Return the engine. path: a Hugging Face folder. weights: a dtype."""
-    torch.set_num_threads(num_threads)
-    keep_freed_memory()
-    return TrainingEngine(path, getattr(torch, weights))
+    return TrainingEngine(path, getattr(torch, weights), num_threads, prepare=train_all)
 
 
 class TrainingEngine:
@@ -31,11 +31,14 @@ class TrainingEngine:
 
     version = freehold.__version__
 
-    def __init__(self, path: Path, dtype: torch.dtype):
+    def __init__(self, path: Path, dtype: torch.dtype, num_threads: int, *, prepare: Callable[[Decoder], object]):
+        """Load a model. prepare: has what is trained ask for a gradient."""
+        torch.set_num_threads(num_threads)
+        keep_freed_memory()
         source, described = open_described(path)
         with source:
             self._decoder, _ = load_decoder(source, described, dtype=dtype, device=torch.device("cpu"))
-        train_all(self._decoder)
+        prepare(self._decoder)
         self._vocab_size = self._decoder.spec.vocab_size
         self._optimizer = Optimizer(self._decoder, OptimizerSettings())
         self._step = 0

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 PROMPT_TOKENS = 32
+LORA_RANK, LORA_ALPHA = 16, 32  # of the adapters that engines train
 # Ids that are plain tokens in every vocabulary measured here.
 FIRST_ID, LAST_ID = 100, 30000
 

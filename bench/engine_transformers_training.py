@@ -15,7 +15,13 @@ LEARNING_RATE, MAX_NORM = 1e-4, 1.0
 def open_engine(path: Path, *, weights: str, num_threads: int) -> "TrainingEngine":
     """Return the engine. path: a Hugging Face folder. weights: a dtype, of weights, gradients and moments alike."""
     torch.set_num_threads(num_threads)
-    return TrainingEngine(path, getattr(torch, weights))
+    return TrainingEngine(open_model(path, weights))
+
+
+def open_model(path: Path, weights: str) -> nn.Module:
+    """Return a model that is to be trained."""
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, weights))
+    return model.train()
 
 
 class TrainingEngine:
@@ -23,12 +29,11 @@ class TrainingEngine:
 
     version = transformers.__version__
 
-    def __init__(self, path: Path, dtype: torch.dtype):
-        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).train()
-        self._vocab_size = self._model.config.vocab_size
-        self._optimizer = torch.optim.AdamW(
-            self._model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-        )
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._vocab_size = model.config.vocab_size
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def prefill(self, prompt: Prompt) -> float:
         """Return the seconds of a step on one row."""

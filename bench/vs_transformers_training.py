@@ -1,10 +1,12 @@
 """Training beside transformers' own loop, in one run, by turns: the same random weights, batch, dtype and fused AdamW.
 
     python bench/vs_transformers_training.py [--shapes llama-5.5M,...] [--dtype float32] [--rounds 5] [--json FILE]
+    python bench/vs_transformers_training.py --lora [--shapes llama-5.5M,llama-27.8M] ...
 
 A step is the loss of rows of one length, its gradient, clipping and AdamW. Model FLOPs are six for each weight that a
-token meets; what is computed anew does not count. In bfloat16 transformers' weights, gradients and moments are all of
-it, while Freehold keeps float32 masters and moments beside them.
+token meets, four with --lora, which trains an adapter, ours or PEFT's; what is computed anew does not count. In
+bfloat16 transformers' weights, gradients and moments are all of it, while Freehold keeps float32 masters and moments
+beside them.
 """
 
 import argparse
@@ -83,15 +85,15 @@ SHAPES: dict[str, Config] = {
 }
 
 
-def write_model(config: Config, folder: Path) -> float:
-    """Write a new model of a config, and return the operations of training that a token is worth."""
+def write_model(config: Config, folder: Path) -> int:
+    """Write a new model of a config, and return how many weights a token meets."""
     family = family_of_config(config)
     spec = family.read_config(config)
     decoder = build_decoder(spec, dtype=torch.float32).to_empty(device="cpu")
     decoder.tie_embeddings()
     initialize(decoder, InitSettings.from_config(config), seed=0)
     save_checkpoint(folder, decoder, family=family, config=config)
-    return 6.0 * sum(part.num_active for part in count_parts(spec))
+    return sum(part.num_active for part in count_parts(spec))
 
 
 def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -104,8 +106,9 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / name
-        operations = write_model(SHAPES[name], folder)
-        engines = {"Freehold": "freehold_training", "transformers": "transformers_training"}
+        num_weights = write_model(SHAPES[name], folder)
+        what = "lora" if arguments.lora else "training"
+        engines = {"Freehold": f"freehold_{what}", "transformers": f"transformers_{what}"}
         participants = {
             title: Participant(engine=engine, python=sys.executable, path=folder, weights=arguments.dtype)
             for title, engine in engines.items()
@@ -119,7 +122,8 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "rows": arguments.batch,
         "row_tokens": arguments.length,
         "dtype": arguments.dtype,
-        "operations_per_token": operations,
+        "trained": what,
+        "operations_per_token": (4.0 if arguments.lora else 6.0) * num_weights,
         "engines": record.engines,
         "seconds": record.seconds["train"],
         "machine": record.machine,
@@ -134,8 +138,9 @@ def show(result: dict[str, Any]) -> None:
     rates = {name: num_tokens / median(seconds) for name, seconds in result["seconds"].items()}
     memory = {name: engine["peak_memory_bytes"] / 1e6 for name, engine in result["engines"].items()}
     print(
-        f"\n{result['shape']}, {result['dtype']}, {result['rows']} x {result['row_tokens']} tokens,"
-        f" {result['processor']}, {result['threads']} threads, medians of {result['rounds']}"
+        f"\n{result['shape']}, {result['trained']}, {result['dtype']},"
+        f" {result['rows']} x {result['row_tokens']} tokens, {result['processor']}, {result['threads']} threads,"
+        f" medians of {result['rounds']}"
     )
     print(f"{'':16}{'tok/s':>10}{'of peak':>10}{'peak memory, MB':>18}")
     for name, rate in rates.items():
@@ -151,6 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shapes", type=lambda text: text.split(","), default=list(SHAPES), metavar="NAME,NAME,...")
+    add("--lora", action="store_true", help="train an adapter beside every projection (dense shapes)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--batch", type=int, default=8, help="rows of a step")
     add("--length", type=int, default=256, help="tokens of a row")
