@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from freehold.ops.gradient import wants_gradient
 from freehold.ops.native import is_native, kernels
-from freehold.ops.weight import Adapted, Packed, Weight, bare, dense, matrix_of
+from freehold.ops.weight import Adapted, Packed, Weight, dense, matrix_of
 
 
 def linear_reference(
@@ -69,10 +69,11 @@ class _Linear(torch.autograd.Function):
 def _linear_adapted(hidden_TD: Tensor, weight: Adapted, bias_F: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The adapter's products are in its own dtype, their sum with the base's in the wider one, rounded once."""
     base_TF = linear(hidden_TD, weight.base, bias_F, dtype)
-    if not wants_gradient(weight.b) and bare(weight) is weight.base:
-        return base_TF
-    low_TR = linear(hidden_TD.to(weight.a.dtype), weight.a)
-    return (base_TF + linear(low_TR, weight.b) * weight.scale).to(base_TF.dtype)
+    low_TR = linear(hidden_TD.to(weight.a.dtype), weight.a) * weight.scale
+    added_TF = linear(low_TR, weight.b)
+    if added_TF.dtype is base_TF.dtype:
+        return base_TF.add_(added_TF)
+    return (base_TF + added_TF).to(base_TF.dtype)
 
 
 def _linear_native(hidden_TD: Tensor, weight: Weight, bias_F: Tensor | None, dtype: torch.dtype) -> Tensor:

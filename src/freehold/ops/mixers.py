@@ -28,10 +28,11 @@ def can_run(tensors: Sequence[Weight | None]) -> bool:
 
     They know no adapters: a block with one that adds anything runs op by op.
     """
-    weights = [bare(tensor) for tensor in tensors if tensor is not None]
-    plain = [weight for weight in weights if isinstance(weight, Tensor)]
-    is_adapted = any(isinstance(weight, Adapted) for weight in weights)
-    return kernels() is not None and not is_adapted and all(is_native(tensor) for tensor in plain)
+    return kernels() is not None and all(_can_take(bare(tensor)) for tensor in tensors if tensor is not None)
+
+
+def _can_take(weight: Weight) -> bool:
+    return is_native(weight) if isinstance(weight, Tensor) else isinstance(weight, Packed)
 
 
 class Program:
