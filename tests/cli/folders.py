@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
@@ -15,7 +16,13 @@ TINY_LLAMA = LLAMA | BYTES
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 
 
-def write_folder(folder: Path, config: Config = TINY_LLAMA, *, template: str | None = TEMPLATE) -> Path:
+def write_folder(
+    folder: Path,
+    config: Config = TINY_LLAMA,
+    *,
+    template: str | None = TEMPLATE,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """Write a checkpoint of random weights as Freehold saves one."""
 
     def write_text_files(partial: Path) -> None:
@@ -23,7 +30,7 @@ def write_folder(folder: Path, config: Config = TINY_LLAMA, *, template: str | N
         if template is not None:
             (partial / "chat_template.jinja").write_text(template)
 
-    decoder = tiny_decoder(config)
+    decoder = tiny_decoder(config, dtype=dtype)
     save_checkpoint(folder, decoder, family=family_of_config(config), config=config, write_text_files=write_text_files)
     return folder
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ EXPERTS = {"n_routed_experts": 16, "moe_intermediate_size": 256, "moe_shared_exp
 MAMBA = {"mamba_num_heads": 16, "mamba_head_dim": 64, "ssm_state_size": 64}
 MID_HYBRID = NEMOTRON | BYTES | WIDE | EXPERTS | MAMBA | {"hybrid_override_pattern": "MEM*EMEM-E", "head_dim": 64}
 MID = {"sequence_tokens": 256, "budget_tokens": 512, "tokens_per_step": 1024}
+LONG = {"sequence_tokens": 1024, "budget_tokens": 2048, "tokens_per_step": 4096}
 SHARDED = ParallelSettings(weights="shard")
 
 
@@ -44,24 +46,26 @@ def new(config: Config, **more: object) -> Callable[[Path], TrainSettings]:
     return lambda folder: pretraining(folder, config, total=2, data=small_data(folder, **MID), **more)
 
 
-def adapting(folder: Path) -> lora.LoraRunSettings:
-    """Return the settings of a run of adapters beside a checkpoint in a folder."""
-    return lora.LoraRunSettings(
+def adapting(sizes: Mapping[str, int] = MID, **more: Any) -> Callable[[Path], lora.LoraRunSettings]:
+    """Return what makes the settings of a run of adapters beside a checkpoint in a folder."""
+    return lambda folder: lora.LoraRunSettings(
         out=folder / "run",
         model=str(folder / "base"),
         threads=1,
-        data=small_data(folder, **MID),
+        data=small_data(folder, **sizes),
         schedule=Schedule(peak=1e-3, total=2),
+        **more,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run that is planned, and made by so many processes."""
+    """A run that is planned, and made by so many processes. base: what adapters are made beside, and its dtype."""
 
     recipe: str = "pretrain"
     settings_in: Callable[[Path], TrainSettings]
     count: int = 1
+    base: tuple[Config, torch.dtype] = (MID_LLAMA, torch.float32)
 
     def plan(self, folder: Path) -> RunPlan:
         return RECIPES[self.recipe].plan(self.settings_in(folder), self.count)
@@ -75,7 +79,16 @@ RUNS: Mapping[str, Run] = {
     "hybrid-bfloat16": Run(settings_in=new(MID_HYBRID, dtype="bfloat16")),
     "hybrid-muon": Run(settings_in=new(MID_HYBRID, optimizer=OptimizerSettings(matrices="muon"))),
     "hybrid-recompute": Run(settings_in=new(MID_HYBRID, recompute=True)),
-    "adapter": Run(recipe="lora", settings_in=adapting),
+    "adapter": Run(recipe="lora", settings_in=adapting()),
+    "adapter-long": Run(recipe="lora", settings_in=adapting(LONG)),
+    "adapter-packed-recompute": Run(
+        recipe="lora",
+        settings_in=adapting(dtype="bfloat16", recompute=True),
+        base=(MID_LLAMA, torch.bfloat16),
+    ),
+    "adapter-experts-recompute": Run(
+        recipe="lora", settings_in=adapting(recompute=True), base=(MID_HYBRID, torch.float32)
+    ),
     "shard-of-two": Run(settings_in=new(MID_LLAMA, parallel=SHARDED), count=2),
     "tensor-of-two": Run(settings_in=new(MID_LLAMA, parallel=ParallelSettings(tensor=2)), count=2),
 }
@@ -127,7 +140,9 @@ def measure(name: str, folder: Path) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_process_takes_what_its_plan_says(name, tmp_path):
     write_data(tmp_path, [{"text": "word " * 800}] * 8)
-    write_folder(tmp_path / "base", MID_LLAMA)
+    config, dtype = RUNS[name].base
+    if RUNS[name].recipe == "lora":
+        write_folder(tmp_path / "base", config, dtype=dtype)
     planned = RUNS[name].plan(tmp_path).total_bytes
     for before, taken in measure(name, tmp_path):
         assert taken <= planned <= MOST * taken, f"planned {planned:,}, taken {taken:,}"
@@ -191,7 +206,7 @@ def test_what_processes_cannot_share_is_refused_in_a_plan(tmp_path):
     with pytest.raises(BadInput, match="3 processes cannot hold 2 copies"):
         plan(3, weights="shard", copies=2)
     with pytest.raises(UnsupportedModel, match="have adapters"):
-        lora.plan(replace(adapting(tmp_path), parallel=ParallelSettings(tensor=2)))
+        lora.plan(replace(adapting()(tmp_path), parallel=ParallelSettings(tensor=2)))
 
 
 def test_all_processes_of_a_machine_have_to_fit(tmp_path):

@@ -85,8 +85,15 @@ def _keeps_packed(settings: LoraRunSettings) -> bool:
 def _plan(described: Described, settings: LoraRunSettings, num_processes: int | None = None) -> RunPlan:
     decoder = build_decoder(described.spec, dtype=parse_dtype(settings.dtype))
     sizes = {name: parameter.nbytes for name, parameter in decoder.named_parameters()}
+    packed: dict[str, int] = {}
     if _keeps_packed(settings):
-        sizes |= {m.name: packed_size(m) for m in described.matches.matches if is_packable(m)}
+        packed = {m.name: packed_size(m) for m in described.matches.matches if is_packable(m)}
     with torch.device("meta"):  # as the decoder: no adapter is drawn for its size
         wrap(decoder, settings.lora, seed=settings.seed)
-    return run_plan(decoder, settings, base_bytes=sum(sizes.values()), num_processes=num_processes)
+    return run_plan(
+        decoder,
+        settings,
+        base_bytes=sum((sizes | packed).values()),
+        base_is_float32=decoder.dtype is torch.float32 and not packed,
+        num_processes=num_processes,
+    )

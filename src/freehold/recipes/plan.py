@@ -12,6 +12,7 @@ from operator import mul
 import torch
 from torch import Tensor
 
+from freehold.adapt.lora import adapted
 from freehold.checkpoint.dtypes import parse_dtype
 from freehold.engine.machine import memory_of
 from freehold.engine.plan import count_parts, inner_width
@@ -21,6 +22,7 @@ from freehold.models.spec import AttentionSpec, BlockSpec, DecoderSpec, Mamba2Sp
 from freehold.ops.loss import CHUNK_BYTES, GPU_CHUNK_BYTES
 from freehold.ops.native import kernels
 from freehold.ops.ssm import CHUNK_LENGTH
+from freehold.ops.weight import Adapted
 from freehold.parallel.data import BUCKET_BYTES
 from freehold.parallel.model import divide_model
 from freehold.parallel.processes import TOKENS, Imagined, Processes
@@ -35,6 +37,12 @@ COPIES_IN_BACKWARD = 3
 # The same where torch records the references, and what a block keeps of each value until then: not measured.
 COPIES_RECORDED_IN_BACKWARD = 6
 COPIES_RECORDED = 3
+# What the backward of an adapted projection works on of each value that it gives, beside what a plain one does: the
+# gradient in the adapter's scale, and that of the rows a second time.
+COPIES_ADAPTED = 2
+# Beside adapters the allocator keeps pieces of all that blocks compute, anew too, and this much more of what adapted
+# projections give: the base's product, the adapter's and the scaled one are gone with their sum. Measured.
+SHARE_FREED_BY_ADAPTERS = 1.25
 # Copies of a chunk of logits that live at once.
 LOGITS_COPIES = 3
 # Muon's: all matrices of one shape ahead of their momentum, stacked, and before and after an iteration.
@@ -87,11 +95,17 @@ def plan_of(spec: DecoderSpec, settings: TrainSettings, num_processes: int | Non
 
 
 def run_plan(
-    decoder: Decoder, settings: TrainSettings, *, base_bytes: int, num_processes: int | None = None
+    decoder: Decoder,
+    settings: TrainSettings,
+    *,
+    base_bytes: int,
+    base_is_float32: bool = True,
+    num_processes: int | None = None,
 ) -> RunPlan:
     """Return what a run takes that trains what asks for a gradient in a decoder on the meta device.
 
-    base_bytes: of frozen weights as they are held. num_processes: None for the least that `parallel` can do with.
+    base_bytes: of frozen weights as they are held. base_is_float32: whether all of these are plain float32; others
+    become that one at a time. num_processes: None for the least that `parallel` can do with.
     Mutates: decoder, of which the first process's part is left.
     Raises: BadInput, UnsupportedModel where so many cannot share it.
     """
@@ -104,8 +118,8 @@ def run_plan(
     saved_bytes = sum(_sizes(state)[name] for name in SAVED)
     lines = [
         *state,
-        *_activation_lines(decoder, settings, processes),
-        _loss_line(decoder, settings, processes),
+        *_activation_lines(decoder, settings, processes, base_is_float32=base_is_float32),
+        _loss_line(decoder, settings, processes, base_is_float32=base_is_float32),
         *_part_lines(decoder, processes, num_parts, saved_bytes),
     ]
     if is_divided or num_parts > 1:
@@ -200,7 +214,9 @@ def _muon_bytes(matrices: Sequence[Tensor]) -> int:
     )
 
 
-def _activation_lines(decoder: Decoder, settings: TrainSettings, processes: Imagined) -> list[MemoryLine]:
+def _activation_lines(
+    decoder: Decoder, settings: TrainSettings, processes: Imagined, *, base_is_float32: bool
+) -> list[MemoryLine]:
     """Return what blocks keep from forward to backward, and what the backward of one works on."""
     spec, num_tensor = decoder.spec, processes.size("tensor")
     blocks = [*spec.blocks, *(spec.mtp.blocks if spec.mtp else ())]
@@ -208,26 +224,75 @@ def _activation_lines(decoder: Decoder, settings: TrainSettings, processes: Imag
     num_tokens = -(-settings.data.budget_tokens // processes.size("context"))
     width, is_anew = decoder.spec.width, settings.recompute
     is_native = settings.device == "cpu" and kernels() is not None and processes.size("context") == 1
+    adapters = _adapters_of(decoder)
     inputs = (sum(passes) + 2) * num_tokens * width * parse_dtype(settings.dtype).itemsize
     per_token = [
-        2 * width + (_values_kept(block, width) if is_native else _values_recorded(block, width)) // num_tensor
-        for block in blocks
+        2 * width
+        + (_values_kept(block, width) if is_native else _values_recorded(block, width)) // num_tensor
+        + _values_kept_adapted(block, adapters.get(index, []), decoder)
+        for index, block in enumerate(blocks)
     ]
     inner = max(2 * width + inner_width(block, width) // num_tensor for block in blocks)
-    again = max(sum(p.nbytes for p in module.parameters(recurse=False)) for module in decoder.modules())
-    kept = inputs + (0 if is_anew else FLOAT32_BYTES * num_tokens * sum(map(mul, passes, per_token)))
+    again = _matrix_bytes(decoder, base_is_float32=base_is_float32)
+    computed = FLOAT32_BYTES * num_tokens * sum(map(mul, passes, per_token))
+    kept = inputs + (0 if is_anew else computed)
     copies = COPIES_IN_BACKWARD if is_native else COPIES_RECORDED_IN_BACKWARD
-    working = FLOAT32_BYTES * num_tokens * (copies * inner + is_anew * max(per_token))
+    widest = max((weight.shape[-2] for of_block in adapters.values() for weight in of_block), default=0)
+    values = copies * inner + COPIES_ADAPTED * widest
+    working = FLOAT32_BYTES * num_tokens * values + again
+    one_block = is_anew * FLOAT32_BYTES * num_tokens * max(per_token)
+    held_back = kept + working + one_block
+    if adapters:
+        freed = sum(len(weight.shape) == 2 and weight.shape[0] for found in adapters.values() for weight in found)
+        held_back = inputs + computed + working
+        held_back += int(SHARE_FREED_BY_ADAPTERS * FLOAT32_BYTES * num_tokens * freed)
     why = "what enters each block; the rest is computed anew" if is_anew else "all that blocks compute"
     return [
         MemoryLine(name="activations", num_bytes=kept, why=f"{why}, {num_tokens:,} tokens"),
-        MemoryLine(name="backward", num_bytes=working + again, why="of the widest block, and a gradient to add"),
+        MemoryLine(
+            name="backward", num_bytes=working + one_block, why="of the widest block, and a matrix or its gradient"
+        ),
         MemoryLine(
             name="allocator",
-            num_bytes=int(SHARE_HELD_BACK * (kept + working + again)) if settings.device == "cpu" else 0,
+            num_bytes=int(SHARE_HELD_BACK * held_back) if settings.device == "cpu" else 0,
             why="free again, and kept in pieces that do not fit",
         ),
     ]
+
+
+def _adapters_of(decoder: Decoder) -> dict[int, list[Adapted]]:
+    """Return the adapted weights of each block that has any, by its number."""
+    found: dict[int, list[Adapted]] = {}
+    for name, weight in adapted(decoder):
+        found.setdefault(int(name.split(".")[1]), []).append(weight)
+    return found
+
+
+def _matrix_bytes(decoder: Decoder, *, base_is_float32: bool) -> int:
+    """Return what a backward makes of one module's matrices: gradients to add, or float32 values of a frozen matrix."""
+    trained = (sum(p.nbytes for p in m.parameters(recurse=False) if p.requires_grad) for m in decoder.modules())
+    bases = (weight.shape[-2] * weight.shape[-1] for _, weight in adapted(decoder))
+    frozen = (p.numel() for block in all_blocks(decoder) for p in block.parameters() if not p.requires_grad)
+    wide = 0 if base_is_float32 else FLOAT32_BYTES * max((*bases, *frozen), default=0)
+    return max(trained) + wide
+
+
+def _values_kept_adapted(block: BlockSpec, adapters: Sequence[Adapted], decoder: Decoder) -> int:
+    """Return how many values of a token a block keeps for its adapters: their thin products, and the rows that they
+    read where these are of another dtype. Adapted experts are mixed by the reference, which keeps each product.
+    """
+    width, kept = decoder.spec.width, 0
+    for weight in adapters:
+        reads_another = weight.a.dtype is not decoder.dtype and weight.shape[-1] == width
+        kept += _times_met(block, weight) * (weight.a.shape[-2] + reads_another * width)
+    if isinstance(block, MoeSpec) and any(len(weight.shape) == 3 for weight in adapters):
+        kept += block.num_chosen * (block.width + 2 * (block.latent_width or width))
+    return kept
+
+
+def _times_met(block: BlockSpec, weight: Adapted) -> int:
+    """Return how many matrices of a weight a token meets."""
+    return block.num_chosen if isinstance(block, MoeSpec) and len(weight.shape) == 3 else 1
 
 
 def _values_kept(block: BlockSpec, width: int) -> int:
@@ -250,15 +315,17 @@ def _values_recorded(block: BlockSpec, width: int) -> int:
     return COPIES_RECORDED * (2 * width + inner_width(block, width) + scanned)
 
 
-def _loss_line(decoder: Decoder, settings: TrainSettings, processes: Imagined) -> MemoryLine:
+def _loss_line(decoder: Decoder, settings: TrainSettings, processes: Imagined, *, base_is_float32: bool) -> MemoryLine:
     spec = decoder.spec
     depths = settings.objective.mtp_depths if spec.mtp else 0
     num_rows = spec.vocab_size // processes.size("tensor")
     chunk_bytes = CHUNK_BYTES if settings.device == "cpu" else GPU_CHUNK_BYTES
     logits = min(chunk_bytes, FLOAT32_BYTES * settings.data.budget_tokens * num_rows)
+    is_trained = any(parameter.requires_grad for parameter in decoder.lm_head.parameters())
+    copies = 2 + depths if is_trained else int(not base_is_float32)
     return MemoryLine(
         name="loss",
-        num_bytes=LOGITS_COPIES * logits + (2 + depths) * FLOAT32_BYTES * num_rows * spec.width,
+        num_bytes=LOGITS_COPIES * logits + copies * FLOAT32_BYTES * num_rows * spec.width,
         why="a chunk of logits, and the head's gradients or values",
     )
 
