@@ -37,12 +37,6 @@ COPIES_IN_BACKWARD = 3
 # The same where torch records the references, and what a block keeps of each value until then: not measured.
 COPIES_RECORDED_IN_BACKWARD = 6
 COPIES_RECORDED = 3
-# What the backward of an adapted projection works on of each value that it gives, beside what a plain one does: the
-# gradient in the adapter's scale, and that of the rows a second time.
-COPIES_ADAPTED = 2
-# Beside adapters the allocator keeps pieces of all that blocks compute, anew too, and this much more of what adapted
-# projections give: the base's product, the adapter's and the scaled one are gone with their sum. Measured.
-SHARE_FREED_BY_ADAPTERS = 1.25
 # Copies of a chunk of logits that live at once.
 LOGITS_COPIES = 3
 # Muon's: all matrices of one shape ahead of their momentum, stacked, and before and after an iteration.
@@ -237,15 +231,10 @@ def _activation_lines(
     computed = FLOAT32_BYTES * num_tokens * sum(map(mul, passes, per_token))
     kept = inputs + (0 if is_anew else computed)
     copies = COPIES_IN_BACKWARD if is_native else COPIES_RECORDED_IN_BACKWARD
-    widest = max((weight.shape[-2] for of_block in adapters.values() for weight in of_block), default=0)
-    values = copies * inner + COPIES_ADAPTED * widest
-    working = FLOAT32_BYTES * num_tokens * values + again
+    working = FLOAT32_BYTES * num_tokens * copies * inner + again
     one_block = is_anew * FLOAT32_BYTES * num_tokens * max(per_token)
-    held_back = kept + working + one_block
-    if adapters:
-        freed = sum(len(weight.shape) == 2 and weight.shape[0] for found in adapters.values() for weight in found)
-        held_back = inputs + computed + working
-        held_back += int(SHARE_FREED_BY_ADAPTERS * FLOAT32_BYTES * num_tokens * freed)
+    # What adapters add is gone at once, block after block: pieces of all that is computed stay, anew or not. Measured.
+    held_back = inputs + computed + working if adapters else kept + working + one_block
     why = "what enters each block; the rest is computed anew" if is_anew else "all that blocks compute"
     return [
         MemoryLine(name="activations", num_bytes=kept, why=f"{why}, {num_tokens:,} tokens"),
