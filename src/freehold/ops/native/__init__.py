@@ -19,6 +19,7 @@ from torch import Tensor
 from freehold.settings import Settings
 
 Form = Any  # an object of the extension, which has no type information
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @cache
@@ -63,12 +64,12 @@ def keep_freed_memory() -> None:
 
 def is_native(tensor: Tensor) -> bool:
     """Return whether kernels can take a tensor as it is: on the CPU, float32 or bfloat16, contiguous."""
-    return tensor.is_cpu and tensor.dtype in (torch.float32, torch.bfloat16) and tensor.is_contiguous()
+    return tensor.is_cpu and tensor.dtype in KERNEL_DTYPES and tensor.is_contiguous()
 
 
 def has_kernels(tensor: Tensor) -> bool:
-    """Return whether there are kernels for what lies where a tensor does."""
-    return tensor.is_cpu and kernels() is not None
+    """Return whether there are kernels for where a tensor lies, and for its dtype."""
+    return tensor.is_cpu and tensor.dtype in KERNEL_DTYPES and kernels() is not None
 
 
 def keeps_rows_apart(tensor: Tensor) -> bool:
@@ -78,7 +79,7 @@ def keeps_rows_apart(tensor: Tensor) -> bool:
     its vectors. It is then called for each row. While a gradient is recorded it is called once: the forward that counts
     is the one without (ops/gradient.py).
     """
-    return has_kernels(tensor) and not torch.is_grad_enabled()
+    return tensor.is_cpu and kernels() is not None and not torch.is_grad_enabled()
 
 
 def inner_dtype(tensor: Tensor) -> torch.dtype:
