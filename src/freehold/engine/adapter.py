@@ -97,7 +97,8 @@ def _check_tensor(name: str, tensor: StoredTensor) -> None:
 def _read_matrix(source: Source, tensor: StoredTensor, folder: Path) -> Tensor:
     """Return a matrix of an adapter, all of it finite numbers. Raises: BadFile."""
     matrix = read_tensor(source, tensor.name, _dtype_of(tensor))
-    if not all(extreme.isfinite() for extreme in matrix.aminmax()):  # one pass; NaN is the least and the most
+    # One pass; NaN is the least and the most. What is empty has neither.
+    if matrix.numel() and not all(extreme.isfinite() for extreme in matrix.aminmax()):
         raise BadFile(
             f"{folder / ADAPTER_WEIGHTS}: `{tensor.name}` has {int((~matrix.isfinite()).sum()):,} of "
             f"{matrix.numel():,} values that are NaN or infinite",

@@ -54,9 +54,9 @@ def native_report() -> str:
 
 
 def keep_freed_memory() -> None:
-    """Have this process keep what it frees, as whoever trains wants it: each step asks for the same memory again.
+    """Ask for what this process frees to be kept, as whoever trains wants it: each step asks for the same memory again.
 
-    Nothing happens where memory is not glibc's, or there is no extension.
+    A wish: glibc keeps most of what a step frees, not every piece. Nothing happens with another libc, or no extension.
     """
     if extension():
         extension().keep_freed_memory()
